@@ -1,0 +1,221 @@
+"""Vision transformers with softmax-free attention: SeqNorm ViT, https://arxiv.org/abs/2406.01314.
+
+timm's vision transformer with the block of this package. Without a class token by default: the tokens are averaged
+after the last norm, so the logits are the mean of one logit per token, and nothing in the network depends on the
+number of tokens. The position table is resampled to the token grid, or absent (`pos_embed="none"`).
+
+Beside timm's contract the model has the pieces that `sansmax.stream` runs in bands of rows: `embed_rows`,
+`embed_prefix`, the blocks' two phases, `summarise_pool` and `read_out`.
+
+Shapes: b images, n tokens, c channels, (gh, gw) the token grid.
+"""
+
+from functools import partial
+
+import torch
+from jaxtyping import Float
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import vision_transformer as timm_vit
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from sansmax.models.blocks import Block, interpolation_matrix
+from sansmax.ops.moments import Mean, Weight
+
+__all__ = ["VisionTransformer"]
+
+
+class VisionTransformer(timm_vit.VisionTransformer):
+    """timm's `VisionTransformer` whose blocks use `attention` ("seqnorm", or "softmax" as the baseline).
+
+    All arguments of timm's class are taken by name; only `block_fn` and `attn_layer` are not, since `attention` sets
+    them. `attn_order` forces the order in which SeqNorm layers are computed. Images may have any size that is a
+    multiple of the patch.
+    """
+
+    def __init__(
+        self, *, attention: str = "seqnorm", attn_order: str = "auto", dynamic_img_size: bool = True, **timm_arguments
+    ) -> None:
+        super().__init__(
+            block_fn=partial(Block, attention=attention, order=attn_order),  # pyright: ignore[reportArgumentType]
+            dynamic_img_size=dynamic_img_size,
+            **timm_arguments,
+        )
+        self.attention = attention
+
+    def forward_features(self, x: Tensor, mask: Weight = None) -> Float[Tensor, "b n c"]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """The tokens after the last block and norm, prefix tokens first.
+
+        `mask` (b, gh gw) is True for real patches, or a weight per patch; prefix tokens always count.
+        """
+        x = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
+        mask = self._with_prefix(mask)
+        for block in self.blocks:
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, mask, use_reentrant=False)  # pyright: ignore[reportAssignmentType]
+            else:
+                x = block(x, mask)
+        return self.norm(x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False, mask: Weight = None) -> Tensor:
+        """Logits of the tokens that `forward_features` gives, or the pooled features with `pre_logits`."""
+        if mask is None:
+            return super().forward_head(x, pre_logits=pre_logits)
+        return self.read_out(self._summarise_normed(x, self._with_prefix(mask)), pre_logits=pre_logits)
+
+    def forward(self, x: Tensor, mask: Weight = None) -> Float[Tensor, "b num_classes"]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Logits of images; `mask` as in `forward_features`."""
+        return self.forward_head(self.forward_features(x, mask), mask=mask)
+
+    def _with_prefix(self, mask: Weight) -> Weight:
+        if mask is None:
+            return None
+        if isinstance(self.patch_drop, timm_vit.PatchDropout) and self.training:
+            raise ValueError("a mask cannot be used together with patch_drop_rate in training")
+        if not self.num_prefix_tokens:
+            return mask
+        return torch.cat((mask.new_ones(mask.shape[0], self.num_prefix_tokens), mask), dim=1)
+
+    # The pieces that a stream runs, in this order.
+
+    @property
+    def streams(self) -> bool:
+        """Whether the network can run in chunks of tokens: linear attention, and pooling by mean or class token."""
+        return all(block.streams for block in self.blocks) and self.global_pool in ("avg", "token")
+
+    def embed_prefix(self) -> Float[Tensor, "1 p c"] | None:
+        """Class and register tokens with their positions, or None where the network has none."""
+        tokens = [t for t in (self.cls_token, self.reg_token) if t is not None]
+        if not tokens:
+            return None
+        x = torch.cat(tokens, dim=1)
+        if self.pos_embed is not None and not self.no_embed_class:
+            x = x + self.pos_embed[:, : self.num_prefix_tokens]
+        return self.norm_pre(x)
+
+    def embed_rows(
+        self, pixels: Float[Tensor, "1 in_chans h w"], first_row: int, grid: tuple[int, int]
+    ) -> Float[Tensor, "1 n c"]:
+        """Tokens of a band of whole rows of the token grid `grid`, from row `first_row` on, with their positions."""
+        x = self.patch_embed(pixels)
+        if x.ndim == 3:
+            x = x.unflatten(1, (-1, grid[1]))
+        if self.pos_embed is not None:
+            prefix = 0 if self.no_embed_class else self.num_prefix_tokens
+            table = self.pos_embed[0, prefix:].unflatten(0, tuple(self.patch_embed.grid_size)).float()
+            rows, columns = (
+                interpolation_matrix(old, new).to(table)
+                for old, new in zip(self.patch_embed.grid_size, grid, strict=True)
+            )
+            band = rows[first_row : first_row + x.shape[1]]
+            x = x + torch.einsum("rh,hwc,sw->rsc", band, table, columns).to(x.dtype)
+        return self.norm_pre(x.flatten(1, 2))
+
+    def summarise_pool(self, x: Float[Tensor, "1 n c"], mask: Weight = None, prefix: bool = False) -> Mean:
+        """What the head needs to know of tokens after the last block; `prefix` says they are the prefix tokens."""
+        if prefix:
+            x = x[:, :1] if self.global_pool == "token" else x[:, : x.shape[1] * self.pool_include_prefix]
+            return Mean.of(self.norm(x))
+        if self.global_pool == "token":
+            x = x[:, :0]
+            mask = None if mask is None else mask[:, :0]
+        return Mean.of(self.norm(x), mask)
+
+    def _summarise_normed(self, x: Tensor, mask: Weight) -> Mean:
+        prefix = self.num_prefix_tokens
+        if self.global_pool == "token":
+            return Mean.of(x[:, :1])
+        if self.global_pool != "avg":
+            raise ValueError(f'a mask needs global_pool "avg" or "token", this network pools by {self.global_pool!r}')
+        if self.pool_include_prefix or mask is None:
+            return Mean.of(x, mask)
+        return Mean.of(x[:, prefix:], mask[:, prefix:])
+
+    def read_out(self, pooled: Mean, pre_logits: bool = False) -> Float[Tensor, "b num_classes"]:
+        """Logits (or features, with `pre_logits`) from what `summarise_pool` collected over all tokens."""
+        x = self.head_drop(self.fc_norm(pooled.value().to(self.fc_dtype)))
+        return x if pre_logits else self.head(x)
+
+    @property
+    def fc_dtype(self) -> torch.dtype:
+        """The type in which the head computes."""
+        return self.patch_embed.proj.weight.dtype
+
+
+def _cfg(**changes: object) -> dict[str, object]:
+    return {
+        "url": "",
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "min_input_size": (3, 16, 16),
+        "pool_size": None,
+        "crop_pct": 0.9,
+        "interpolation": "bicubic",
+        "fixed_input_size": False,
+        "mean": (0.5, 0.5, 0.5),
+        "std": (0.5, 0.5, 0.5),
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+        "license": "apache-2.0",
+        "paper_name": "Softmax-free transformers with sequence normalisation",
+        "paper_ids": "arXiv:2406.01314",
+        **changes,
+    }
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "seqnorm_vit_tiny_patch16_224.untrained": _cfg(),
+        "seqnorm_vit_small_patch16_224.untrained": _cfg(),
+        "seqnorm_vit_base_patch16_224.untrained": _cfg(),
+        "seqnorm_vit_pico_patch8_128.untrained": _cfg(
+            input_size=(1, 128, 128), min_input_size=(1, 8, 8), num_classes=10, crop_pct=1.0, mean=(0.5,), std=(0.5,)
+        ),
+    }
+)
+
+
+def _create(variant: str, pretrained: bool, **arguments) -> VisionTransformer:
+    arguments = {
+        "class_token": False,
+        "global_pool": "avg",
+        "fc_norm": False,
+        "qkv_bias": False,
+        **arguments,
+    }
+    out_indices = arguments.pop("out_indices", 3)
+    return build_model_with_cfg(
+        VisionTransformer,
+        variant,
+        pretrained,
+        feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
+        **arguments,
+    )
+
+
+@register_model
+def seqnorm_vit_tiny_patch16_224(pretrained: bool = False, **kwargs) -> VisionTransformer:
+    """SeqNorm ViT-Ti/16: width 192, 12 layers, 3 heads."""
+    arguments = {"patch_size": 16, "embed_dim": 192, "depth": 12, "num_heads": 3}
+    return _create("seqnorm_vit_tiny_patch16_224", pretrained, **{**arguments, **kwargs})
+
+
+@register_model
+def seqnorm_vit_small_patch16_224(pretrained: bool = False, **kwargs) -> VisionTransformer:
+    """SeqNorm ViT-S/16: width 384, 12 layers, 6 heads."""
+    arguments = {"patch_size": 16, "embed_dim": 384, "depth": 12, "num_heads": 6}
+    return _create("seqnorm_vit_small_patch16_224", pretrained, **{**arguments, **kwargs})
+
+
+@register_model
+def seqnorm_vit_base_patch16_224(pretrained: bool = False, **kwargs) -> VisionTransformer:
+    """SeqNorm ViT-B/16: width 768, 12 layers, 12 heads."""
+    arguments = {"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12}
+    return _create("seqnorm_vit_base_patch16_224", pretrained, **{**arguments, **kwargs})
+
+
+@register_model
+def seqnorm_vit_pico_patch8_128(pretrained: bool = False, **kwargs) -> VisionTransformer:
+    """The network of the demo: width 64, 3 layers, 4 heads, grey 8 px patches, no positions (any number of tokens)."""
+    arguments = {"patch_size": 8, "embed_dim": 64, "depth": 3, "num_heads": 4, "mlp_ratio": 2.0, "pos_embed": "none"}
+    return _create("seqnorm_vit_pico_patch8_128", pretrained, **{**arguments, **kwargs})

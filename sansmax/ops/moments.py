@@ -1,0 +1,108 @@
+"""Count, mean and centred second moment of a set of tokens, merged without losing digits.
+
+The sums over tokens that sequence normalisation needs, and the plain mean that a pooled head needs. Sets of tokens
+merge by the pairwise formula of Chan, Golub and LeVeque (1979), never by E[x^2] - E[x]^2, so chunks, devices and the
+whole image give the same numbers.
+
+A weight per token runs through every sum: 1 is a token, 0 is none. A mask is such a weight, and the gradient by the
+weight is the effect of removing the token.
+
+Shapes: leading axes are batch (and head); n tokens, c channels.
+"""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+Weight = Bool[Tensor, "*b n"] | Float[Tensor, "*b n"] | None
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """`x` in float32, or as it is where it is wider."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def without_padding(x: Float[Tensor, "*b n c"], weight: Weight) -> Float[Tensor, "*b n c"]:
+    """`x` with zeros where a boolean `weight` is False: padding may hold anything, and 0 * NaN is NaN."""
+    if weight is None or weight.dtype != torch.bool:
+        return x
+    return x.masked_fill(~weight.unsqueeze(-1), 0.0)
+
+
+def centred(
+    x: Float[Tensor, "*b n c"], weight: Weight
+) -> tuple[Float[Tensor, "*b"], Float[Tensor, "*b c"], Float[Tensor, "*b n c"], Float[Tensor, "*b n c"]]:
+    """Count, mean, the tokens less their mean, and the same times their weights, in float32 or wider."""
+    x = at_least_float32(without_padding(x, weight))
+    if weight is None:
+        n = x.shape[-2]
+        count = x.new_full(x.shape[:-2], float(n))
+        mean = x.sum(-2) / max(n, 1)
+        x = x - mean.unsqueeze(-2)
+        return count, mean, x, x
+    w = weight.to(x.dtype)
+    count = w.sum(-1)
+    mean = (w.unsqueeze(-2) @ x).squeeze(-2) / nonzero(count).unsqueeze(-1)
+    x = x - mean.unsqueeze(-2)
+    return count, mean, x, x * w.unsqueeze(-1)
+
+
+def nonzero(count: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+    """`count`, or 1 where it is 0, to divide by: the sums over no tokens are 0 already."""
+    return torch.where(count == 0, torch.ones_like(count), count)
+
+
+class Moments(NamedTuple):
+    """What is known of the tokens seen so far; `scatter` is the sum of (x - mean)(x - mean)^T."""
+
+    count: Float[Tensor, "*b"]
+    mean: Float[Tensor, "*b c"]
+    scatter: Float[Tensor, "*b c c"]
+
+    @classmethod
+    def of(cls, x: Float[Tensor, "*b n c"], weight: Weight = None) -> "Moments":
+        """Moments of one set of tokens; `weight` is True (or 1) for real tokens."""
+        # autocast would form the sum over all tokens in half precision
+        with torch.autocast(x.device.type, enabled=False):
+            count, mean, x, weighted = centred(x, weight)
+            return cls(count, mean, weighted.mT @ x)
+
+    def merge(self, other: "Moments") -> "Moments":
+        """Moments of the union of two disjoint sets of tokens."""
+        count = self.count + other.count
+        share = other.count / nonzero(count)
+        delta = other.mean - self.mean
+        mean = self.mean + share.unsqueeze(-1) * delta
+        between = (self.count * share)[..., None, None] * (delta.unsqueeze(-1) * delta.unsqueeze(-2))
+        return Moments(count, mean, self.scatter + other.scatter + between)
+
+    def covariance(self) -> Float[Tensor, "*b c c"]:
+        """The biased covariance of the tokens, zero for one token or none."""
+        return self.scatter / nonzero(self.count)[..., None, None]
+
+
+class Mean(NamedTuple):
+    """The state of mean pooling: how many tokens, and their sum."""
+
+    count: Float[Tensor, "*b"]
+    total: Float[Tensor, "*b c"]
+
+    @classmethod
+    def of(cls, x: Float[Tensor, "*b n c"], weight: Weight = None) -> "Mean":
+        """Sums of one set of tokens; `weight` is True (or 1) for real tokens."""
+        with torch.autocast(x.device.type, enabled=False):
+            x = at_least_float32(without_padding(x, weight))
+            if weight is None:
+                return cls(x.new_full(x.shape[:-2], float(x.shape[-2])), x.sum(-2))
+            w = weight.to(x.dtype)
+            return cls(w.sum(-1), (w.unsqueeze(-2) @ x).squeeze(-2))
+
+    def merge(self, other: "Mean") -> "Mean":
+        """Sums of the union of two disjoint sets of tokens."""
+        return Mean(self.count + other.count, self.total + other.total)
+
+    def value(self) -> Float[Tensor, "*b c"]:
+        """The mean of the tokens, zero over none."""
+        return self.total / nonzero(self.count).unsqueeze(-1)
