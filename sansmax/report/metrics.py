@@ -60,7 +60,8 @@ class ClassScores:
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> "ClassScores":
         """The inverse of `to_dict`."""
-        return cls(**{k: Interval.from_dict(v) if isinstance(v, dict) else v for k, v in plain.items()})
+        scores: dict[str, Any] = {k: Interval.from_dict(v) for k, v in plain.items() if isinstance(v, Mapping)}
+        return cls(plain["name"], plain["images"], plain["predicted"], **scores)
 
 
 @dataclass(frozen=True)

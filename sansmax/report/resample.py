@@ -4,7 +4,7 @@ A resample is a column of weights, how often each image was drawn. Scores that a
 over resamples. With groups (patients), whole groups are drawn, so images of one patient stay together.
 """
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +30,7 @@ class Interval:
         return out | ({"note": self.note} if self.note else {})
 
     @classmethod
-    def from_dict(cls, plain: dict[str, Any]) -> "Interval":
+    def from_dict(cls, plain: Mapping[str, Any]) -> "Interval":
         """The inverse of `to_dict`."""
         numbers = (float("nan") if plain[k] is None else float(plain[k]) for k in ("value", "low", "high"))
         return cls(*numbers, note=plain.get("note", ""))
