@@ -1,0 +1,1 @@
+"""Images, tables and huge pictures: from a path to batches of tensors or bands of patches."""
