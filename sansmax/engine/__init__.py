@@ -1,0 +1,1 @@
+"""Running a model over data: train, evaluate, predict, explain, stream."""

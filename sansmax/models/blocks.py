@@ -1,6 +1,6 @@
 """Transformer blocks in two phases: summarise the tokens, then map each token by the summary.
 
-    block(x) == block.apply(block.summarise(x), x)
+    block(x) == block.map(block.summarise(x), x)
 
 Summaries of disjoint sets of tokens merge, so a whole image, a stream of chunks and several devices run the same
 code. The modules here hold parameters; the mathematics is in `sansmax.ops`.
@@ -11,9 +11,10 @@ Shapes: b images, n tokens, c channels.
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
-from timm.layers import DropPath, LayerScale, Mlp
+from timm.layers.drop import DropPath
+from timm.layers.layer_scale import LayerScale
+from timm.layers.mlp import Mlp
 from torch import Tensor, nn
 
 from sansmax.ops import Moments, seqnorm_affine, seqnorm_attention, softmax_attention
@@ -81,9 +82,9 @@ class SeqNormAttention(nn.Module):
         self.proj = nn.Linear(dim, dim, bias=proj_bias, device=device, dtype=dtype)
         self.proj_drop = nn.Dropout(proj_drop)
 
-    def _gains(self) -> tuple[Tensor, ...]:
+    def _gains(self) -> dict[str, Tensor]:
         names = ("gamma_q", "beta_q", "gamma_k", "beta_k", "gamma_v", "beta_v")
-        return tuple(getattr(self, name).unflatten(0, (self.num_heads, -1)) for name in names)
+        return {name: getattr(self, name).unflatten(0, (self.num_heads, -1)) for name in names}
 
     def summarise(self, x: Float[Tensor, "b n c"], mask: Weight = None) -> Moments:
         """All that the layer needs to know of the other tokens."""
@@ -94,10 +95,10 @@ class SeqNormAttention(nn.Module):
         w_q, w_k, w_v = self.qkv.weight.chunk(3)
         proj = self.proj
         return seqnorm_affine(
-            state, w_q, w_k, w_v, *self._gains(), proj.weight, proj.bias, self.num_heads, eps=self.eps
+            state, w_q, w_k, w_v, proj.weight, proj.bias, self.num_heads, **self._gains(), eps=self.eps
         )
 
-    def apply(self, finished: tuple[Tensor, Tensor], x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
+    def map(self, finished: tuple[Tensor, Tensor], x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
         """The layer's output for tokens that are counted in the finished state."""
         m, c = finished
         with torch.autocast(x.device.type, enabled=False):
@@ -111,9 +112,9 @@ class SeqNormAttention(nn.Module):
         order = choose_order(n, c, c // self.num_heads).order if self.order == "auto" else self.order
         x = without_padding(x, mask)
         if order == "moments":
-            return self.apply(self.finish(self.summarise(x, mask)), x)
+            return self.map(self.finish(self.summarise(x, mask)), x)
         q, k, v = _split_heads(self.qkv(x), self.num_heads)
-        out = seqnorm_attention(q, k, v, *self._gains(), mask=mask, order=order, eps=self.eps)
+        out = seqnorm_attention(q, k, v, **self._gains(), mask=mask, order=order, eps=self.eps)
         return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
 
 
@@ -154,7 +155,7 @@ def _split_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
-ATTENTIONS = {"seqnorm": SeqNormAttention, "softmax": SoftmaxAttention}
+ATTENTIONS: dict[str, type[nn.Module]] = {"seqnorm": SeqNormAttention, "softmax": SoftmaxAttention}
 
 
 class Block(nn.Module):
@@ -206,7 +207,15 @@ class Block(nn.Module):
         factory = {"device": device, "dtype": dtype}
         options = {"order": order} if attention == "seqnorm" else {}
         self.norm1 = norm_layer(dim, **factory)
-        self.attn = ATTENTIONS[attention](dim, num_heads, qkv_bias, proj_bias, proj_drop, **options, **factory)
+        self.attn = ATTENTIONS[attention](
+            dim,
+            num_heads=num_heads,
+            qkv_bias=qkv_bias,
+            proj_bias=proj_bias,
+            proj_drop=proj_drop,
+            **options,
+            **factory,
+        )
         self.ls1 = LayerScale(dim, init_values=init_values, **factory) if init_values else nn.Identity()
         self.drop_path1 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
         self.norm2 = norm_layer(dim, **factory)
@@ -231,16 +240,14 @@ class Block(nn.Module):
         return self._two_phase().summarise(self.norm1(x), mask)
 
     def finish(self, state: Moments) -> tuple[Tensor, Tensor]:
-        """What `apply` needs, computed once from the summary of all tokens."""
+        """What `map` needs, computed once from the summary of all tokens."""
         return self._two_phase().finish(state)
 
-    def apply(
-        self, state: Moments | tuple[Tensor, Tensor], x: Float[Tensor, "b n c"]
-    ) -> Float[Tensor, "b n c"]:
+    def map(self, state: Moments | tuple[Tensor, Tensor], x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
         """The block's output for tokens counted in `state`, which is a summary or a finished one."""
         attn = self._two_phase()
         finished = attn.finish(state) if isinstance(state, Moments) else state
-        return self._residual(x, attn.apply(finished, self.norm1(x)))
+        return self._residual(x, attn.map(finished, self.norm1(x)))
 
     def forward(self, x: Float[Tensor, "b n c"], mask: Weight = None) -> Float[Tensor, "b n c"]:
         """The block over all tokens at once; `mask` is True (or weight 1) for real tokens."""
@@ -257,14 +264,3 @@ class Block(nn.Module):
     def _residual(self, x: Tensor, attended: Tensor) -> Tensor:
         x = x + self.drop_path1(self.ls1(attended))
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
-
-
-def interpolation_matrix(old: int, new: int) -> Float[Tensor, "new old"]:
-    """Bicubic, antialiased resampling of `old` samples to `new` as a matrix.
-
-    Resampling a table of positions is separable, so a band of rows of the new table is `rows @ table @ columns^T`.
-    """
-    if old == new:
-        return torch.eye(old)
-    samples = torch.eye(old).view(1, old, old, 1)
-    return F.interpolate(samples, size=(new, 1), mode="bicubic", antialias=True).view(old, new).mT.contiguous()

@@ -13,13 +13,15 @@ Shapes: b images, n tokens, c channels, (gh, gw) the token grid.
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
+from timm.layers.patch_dropout import PatchDropout
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models import vision_transformer as timm_vit
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from sansmax.models.blocks import Block, interpolation_matrix
+from sansmax.models.blocks import Block
 from sansmax.ops.moments import Mean, Weight
 
 __all__ = ["VisionTransformer"]
@@ -70,7 +72,7 @@ class VisionTransformer(timm_vit.VisionTransformer):
     def _with_prefix(self, mask: Weight) -> Weight:
         if mask is None:
             return None
-        if isinstance(self.patch_drop, timm_vit.PatchDropout) and self.training:
+        if isinstance(self.patch_drop, PatchDropout) and self.training:
             raise ValueError("a mask cannot be used together with patch_drop_rate in training")
         if not self.num_prefix_tokens:
             return mask
@@ -85,7 +87,7 @@ class VisionTransformer(timm_vit.VisionTransformer):
 
     def embed_prefix(self) -> Float[Tensor, "1 p c"] | None:
         """Class and register tokens with their positions, or None where the network has none."""
-        tokens = [t for t in (self.cls_token, self.reg_token) if t is not None]
+        tokens: list[Tensor] = [t for t in (self.cls_token, self.reg_token) if t is not None]
         if not tokens:
             return None
         x = torch.cat(tokens, dim=1)
@@ -140,6 +142,17 @@ class VisionTransformer(timm_vit.VisionTransformer):
     def fc_dtype(self) -> torch.dtype:
         """The type in which the head computes."""
         return self.patch_embed.proj.weight.dtype
+
+
+def interpolation_matrix(old: int, new: int) -> Float[Tensor, "new old"]:
+    """Bicubic, antialiased resampling of `old` samples to `new` as a matrix.
+
+    Resampling a table of positions is separable, so a band of rows of the new table is `rows @ table @ columns^T`.
+    """
+    if old == new:
+        return torch.eye(old)
+    # the identity keeps its width: PyTorch resamples pictures one pixel wide wrongly
+    return F.interpolate(torch.eye(old)[None, None], size=(new, old), mode="bicubic", antialias=True)[0, 0]
 
 
 def _cfg(**changes: object) -> dict[str, object]:

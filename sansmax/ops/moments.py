@@ -57,7 +57,7 @@ def nonzero(count: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
 class Moments(NamedTuple):
     """What is known of the tokens seen so far; `scatter` is the sum of (x - mean)(x - mean)^T."""
 
-    count: Float[Tensor, "*b"]
+    n: Float[Tensor, "*b"]
     mean: Float[Tensor, "*b c"]
     scatter: Float[Tensor, "*b c c"]
 
@@ -71,22 +71,22 @@ class Moments(NamedTuple):
 
     def merge(self, other: "Moments") -> "Moments":
         """Moments of the union of two disjoint sets of tokens."""
-        count = self.count + other.count
-        share = other.count / nonzero(count)
+        count = self.n + other.n
+        share = other.n / nonzero(count)
         delta = other.mean - self.mean
         mean = self.mean + share.unsqueeze(-1) * delta
-        between = (self.count * share)[..., None, None] * (delta.unsqueeze(-1) * delta.unsqueeze(-2))
+        between = (self.n * share)[..., None, None] * (delta.unsqueeze(-1) * delta.unsqueeze(-2))
         return Moments(count, mean, self.scatter + other.scatter + between)
 
     def covariance(self) -> Float[Tensor, "*b c c"]:
         """The biased covariance of the tokens, zero for one token or none."""
-        return self.scatter / nonzero(self.count)[..., None, None]
+        return self.scatter / nonzero(self.n)[..., None, None]
 
 
 class Mean(NamedTuple):
     """The state of mean pooling: how many tokens, and their sum."""
 
-    count: Float[Tensor, "*b"]
+    n: Float[Tensor, "*b"]
     total: Float[Tensor, "*b c"]
 
     @classmethod
@@ -101,8 +101,8 @@ class Mean(NamedTuple):
 
     def merge(self, other: "Mean") -> "Mean":
         """Sums of the union of two disjoint sets of tokens."""
-        return Mean(self.count + other.count, self.total + other.total)
+        return Mean(self.n + other.n, self.total + other.total)
 
     def value(self) -> Float[Tensor, "*b c"]:
         """The mean of the tokens, zero over none."""
-        return self.total / nonzero(self.count).unsqueeze(-1)
+        return self.total / nonzero(self.n).unsqueeze(-1)

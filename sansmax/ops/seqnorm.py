@@ -31,7 +31,7 @@ ORDERS = ("auto", "quadratic", "linear")
 class SeqNormState(NamedTuple):
     """Sums over the tokens seen so far, in float32 or wider; every `_scatter` is centred on the means."""
 
-    count: Float[Tensor, "*b"]
+    n: Float[Tensor, "*b"]
     q_mean: Float[Tensor, "*b d"]
     q_scatter: Float[Tensor, "*b d"]
     k_mean: Float[Tensor, "*b d"]
@@ -58,9 +58,9 @@ class SeqNormState(NamedTuple):
 
     def merge(self, other: "SeqNormState") -> "SeqNormState":
         """Sums of the union of two disjoint sets of tokens."""
-        count = self.count + other.count
-        share = other.count / nonzero(count)
-        between = (self.count * share).unsqueeze(-1)
+        count = self.n + other.n
+        share = other.n / nonzero(count)
+        between = (self.n * share).unsqueeze(-1)
         share = share.unsqueeze(-1)
         dq, dk, dv = other.q_mean - self.q_mean, other.k_mean - self.k_mean, other.v_mean - self.v_mean
         return SeqNormState(
@@ -89,7 +89,7 @@ def seqnorm_attend(
 ) -> Float[Tensor, "b h n d"]:
     """Reads the output for queries `q` whose tokens are already counted in `state`; in the dtype of `q`."""
     with torch.autocast(q.device.type, enabled=False):
-        n = nonzero(state.count).unsqueeze(-1)
+        n = nonzero(state.n).unsqueeze(-1)
         a_q, a_k, a_v = (
             _gain(gamma, scatter / n, eps)
             for gamma, scatter in (
@@ -173,23 +173,24 @@ def seqnorm_affine(
     w_q: Float[Tensor, "c c_in"],
     w_k: Float[Tensor, "c c_in"],
     w_v: Float[Tensor, "c c_in"],
-    gamma_q: Gain,
-    beta_q: Gain,
-    gamma_k: Gain,
-    beta_k: Gain,
-    gamma_v: Gain,
-    beta_v: Gain,
     w_out: Float[Tensor, "c_out c"],
     b_out: Float[Tensor, "c_out"] | None,
     num_heads: int,
     *,
+    gamma_q: Gain = None,
+    beta_q: Gain = None,
+    gamma_k: Gain = None,
+    beta_k: Gain = None,
+    gamma_v: Gain = None,
+    beta_v: Gain = None,
     eps: float = 1e-6,
 ) -> tuple[Float[Tensor, "b c_in c_out"], Float[Tensor, "b c_out"]]:
     """The whole multi-head layer as one affine map: `Y = X @ M + c`, returned as `(M, c)`.
 
     With mean mu and covariance G of the tokens (`moments`), per head: var(Q) = diag(W_q G W_q^T), likewise K and V;
     S = diag(gamma_k/sd_k) W_k G W_v^T diag(gamma_v/sd_v) + beta_k beta_v^T; M = sum over heads of
-    W_q^T diag(gamma_q/sd_q) S W_out^T; c = sum of beta_q S W_out^T + b_out - mu M. Weights as in `nn.Linear`, (out, in).
+    W_q^T diag(gamma_q/sd_q) S W_out^T; c = sum of beta_q S W_out^T + b_out - mu M. Weights are (out, in), as in
+    `nn.Linear`.
     """
     with torch.autocast(moments.mean.device.type, enabled=False):
         g = moments.covariance()

@@ -1,0 +1,77 @@
+"""Which tokens speak for an answer: the gradient of the mask, and occlusion for networks without one.
+
+Every sum over tokens in our networks runs over weights w_j, 1 for a token that is there and 0 for one that is not.
+The derivative of the answer by w_j at w = 1 is the first-order effect of token j, signed, exact for all tokens in one
+backward pass of linear cost: removing token j lowers the answer by about its score.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from sansmax.errors import InputError
+from sansmax.models.vit import VisionTransformer
+
+
+def log_odds(logits: Float[Tensor, "b k"], class_index: int) -> Float[Tensor, "b"]:
+    """log(p / (1 - p)) of one class: its logit less the log-sum-exp of the others."""
+    others = torch.cat((logits[:, :class_index], logits[:, class_index + 1 :]), dim=1)
+    return logits[:, class_index] - others.logsumexp(1)
+
+
+def token_scores(
+    model: VisionTransformer, images: Float[Tensor, "b c h w"], class_index: Sequence[int]
+) -> Float[Tensor, "b gh gw"]:
+    """The gradient of each image's log-odds of its class by the weight of each patch, on the token grid.
+
+    Positive: the patch speaks for the class. The mean over the batch does not enter: images are independent. Evaluation
+    mode is the caller's to set. Raises InputError if `class_index` names a class that the network lacks.
+    """
+    grid = model.patch_embed.dynamic_feat_size((images.shape[-2], images.shape[-1]))
+    for index in class_index:
+        check_class(index, model.num_classes)
+    weight = images.new_ones(images.shape[0], grid[0] * grid[1], requires_grad=True)
+    with torch.enable_grad():
+        logits = model(images, mask=weight)
+        answer = torch.stack([log_odds(logits[i : i + 1], c)[0] for i, c in enumerate(class_index)])
+        (scores,) = torch.autograd.grad(answer.sum(), weight)
+    return scores.unflatten(1, grid).detach()
+
+
+@torch.no_grad()
+def occlusion_scores(
+    model: nn.Module, image: Float[Tensor, "1 c h w"], class_index: int, patch: int, batch_size: int = 32
+) -> Float[Tensor, "gh gw"]:
+    """How much the log-odds of the class fall when one square of `patch` px is painted in the image's mean colour.
+
+    For any classifier; one forward pass per square. Squares at the right and lower edge may be cut.
+    """
+    height, width = image.shape[-2:]
+    rows, columns = -(-height // patch), -(-width // patch)
+    whole = log_odds(model(image), class_index)
+    mean = image.mean(dim=(-2, -1), keepdim=True)
+    scores = []
+    for start in range(0, rows * columns, batch_size):
+        cells = range(start, min(start + batch_size, rows * columns))
+        painted = image.repeat(len(cells), 1, 1, 1)
+        for i, cell in enumerate(cells):
+            y, x = cell // columns * patch, cell % columns * patch
+            painted[i, :, y : y + patch, x : x + patch] = mean[0]
+        scores.append(whole - log_odds(model(painted), class_index))
+    return torch.cat(scores).view(rows, columns)
+
+
+def check_class(index: int, num_classes: int) -> None:
+    """Raises InputError unless `index` is one of the network's classes and log-odds exist."""
+    if num_classes < 2:
+        raise InputError(f"scores are log-odds of a class and need at least 2 classes; the network has {num_classes}")
+    if not 0 <= index < num_classes:
+        raise InputError(f"class {index} does not exist: the network has classes 0 to {num_classes - 1}")
+
+
+def upsample_scores(scores: Float[Tensor, "gh gw"], size: tuple[int, int]) -> Float[Tensor, "h w"]:
+    """Scores on the token grid as one value per pixel, each patch in one colour."""
+    return F.interpolate(scores[None, None], size=size, mode="nearest-exact")[0, 0]
