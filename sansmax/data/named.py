@@ -168,7 +168,7 @@ def _as_set(source: str, word: str, dataset: Any) -> ImageSet:
 
 def _labels(dataset: Any) -> Any:
     """All labels, from where the data set keeps them; else from its items, which decodes every image."""
-    reader = getattr(dataset, "reader", None)
+    reader: Any = getattr(dataset, "reader", None)
     if hasattr(reader, "label_key"):
         return reader.dataset[reader.label_key]
     for keeper in ("targets", "labels", "_labels", "y"):
