@@ -12,31 +12,19 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from sansmax.data.tokens import PixelSource, TokenSource, open_pixels
 from sansmax.engine.explain import check_class, log_odds
 from sansmax.errors import InputError
 from sansmax.models.blocks import Block
 from sansmax.models.vit import VisionTransformer
 
 STORES = ("memory", "disk", "recompute")
-
-
-class TokenSource(Protocol):
-    """A picture as rows of patches: what `stream` reads."""
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of the token grid."""
-        ...
-
-    def read(self, first_row: int, last_row: int) -> Tensor:
-        """Normalised pixels (1, channels, rows * patch height, columns * patch width) of rows [first, last)."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -62,6 +50,36 @@ class _Band(NamedTuple):
     @property
     def tokens(self) -> slice:
         return slice(self.first * self.columns, self.last * self.columns)
+
+
+def stream(
+    model: VisionTransformer,
+    source: str | Path | np.ndarray | TokenSource,
+    *,
+    chunk_tokens: int = 65536,
+    store: str = "memory",
+    scores: bool | Sequence[int] = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Streamed:
+    """Exact logits over all patches of a picture of any size, at its own resolution, and scores of the patches.
+
+    `source` is the path of a picture, its pixels (H, W) or (H, W, 3) as a uint8 or uint16 array or memmap, or a
+    `TokenSource` of your own. Pixels are normalised by the mean and standard deviation of the model's configuration; a
+    side that is no multiple of the patch is filled up by repeating its edge. The other arguments are those of
+    `stream_tokens`.
+    """
+    _check(model, chunk_tokens, store)
+    if isinstance(source, str | Path):
+        source = open_pixels(source)
+    if isinstance(source, np.ndarray):
+        mean, std = (_per_channel(model, key) for key in ("mean", "std"))
+        source = PixelSource(source, model.patch_embed.patch_size, in_chans=model.in_chans, mean=mean, std=std)
+    return stream_tokens(model, source, chunk_tokens=chunk_tokens, store=store, scores=scores, progress=progress)
+
+
+def _per_channel(model: VisionTransformer, key: str) -> tuple[float, ...]:
+    values = tuple(model.pretrained_cfg.get(key, (0.5,)))
+    return values if len(values) in (1, model.in_chans) else (sum(values) / len(values),)
 
 
 def stream_tokens(

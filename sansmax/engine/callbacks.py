@@ -1,0 +1,221 @@
+"""What happens beside the training loop: progress, the table of metrics, checkpoints, stopping in good order."""
+
+import errno
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from torch import Tensor
+
+from sansmax.engine.config import TrainConfig
+from sansmax.engine.module import Classifier
+from sansmax.engine.progress import Bar
+from sansmax.engine.run import save_weights
+from sansmax.errors import InputError
+from sansmax.files import whole_file
+from sansmax.report.scores import class_rankings, mean_defined
+from sansmax.report.tables import append_row
+
+METRICS = "metrics.csv"
+CHECKPOINT = "last.ckpt"
+
+
+class Stopped(Exception):  # noqa: N818 - it is no error
+    """The user or the system asked the run to stop, and it did, with everything on disk."""
+
+
+class StopSignal:
+    """Turns the first Ctrl-C (or SIGTERM) into a request that training honours at the next step."""
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        if self.name is not None:
+            raise KeyboardInterrupt
+        self.name = signal.Signals(number).name
+
+    @contextmanager
+    def listening(self) -> Iterator["StopSignal"]:
+        """Listens while the block runs; only the main thread gets signals."""
+        if threading.current_thread() is not threading.main_thread():
+            yield self
+            return
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        before = [signal.signal(number, self._request) for number in numbers]
+        try:
+            yield self
+        finally:
+            for number, handler in zip(numbers, before, strict=True):
+                signal.signal(number, handler)
+
+
+class Recorder(pl.Callback):
+    """Writes metrics.csv, the best weights and the checkpoint, shows progress, and stops when asked to.
+
+    Its state travels in the checkpoint: with it a run that is taken up gives the same rows as one that never stopped.
+    """
+
+    def __init__(self, folder: Path, config: TrainConfig, stop: StopSignal, bar: Bar, batches: int) -> None:
+        self.folder, self.config, self.stop, self.bar, self.batches = folder, config, stop, bar, batches
+        self.best: float | None = None
+        self.best_epoch = -1
+        self.loss_sum, self.loss_count = 0.0, 0
+        self.seconds_before, self.started = 0.0, time.monotonic()
+        self.saved = time.monotonic()
+        self.next_batch = (0, 0)
+        self.steps_here = 0
+        self.finished = False
+
+    # State of the run
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the checkpoint keeps; plain numbers, so that it loads without unpickling objects."""
+        return {
+            "best": self.best,
+            "best_epoch": self.best_epoch,
+            "loss_sum": self.loss_sum,
+            "loss_count": self.loss_count,
+            "seconds": self.seconds,
+            "next_batch": list(self.next_batch),
+            "finished": self.finished,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes up what `state_dict` kept."""
+        self.best, self.best_epoch = state_dict["best"], state_dict["best_epoch"]
+        self.loss_sum, self.loss_count = state_dict["loss_sum"], state_dict["loss_count"]
+        self.seconds_before = state_dict["seconds"]
+
+    @property
+    def seconds(self) -> float:
+        """Time in training, validation included, over all parts of the run."""
+        return self.seconds_before + time.monotonic() - self.started
+
+    # Hooks of the loop
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Starts the clock."""
+        self.started = self.saved = time.monotonic()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Counts the loss, moves the bar, saves now and then, stops if asked to."""
+        assert isinstance(pl_module, Classifier)
+        self.loss_sum += pl_module.last_loss
+        self.loss_count += 1
+        self.steps_here += 1
+        epoch, done = trainer.current_epoch, batch_idx + 1
+        self.next_batch = (epoch, done)
+        rate = self.steps_here * self.config.batch_size / max(time.monotonic() - self.started, 1e-9)
+        self.bar.update(
+            epoch * self.batches + done,
+            self.config.epochs * self.batches,
+            f"epoch {epoch + 1}/{self.config.epochs}  loss {self.loss_sum / self.loss_count:.4f}  {rate:.0f} images/s",
+        )
+        if self.stop.name is not None:
+            self._checkpoint(trainer)
+            raise Stopped(self.stop.name)
+        if time.monotonic() - self.saved > 60 * self.config.checkpoint_minutes:
+            self._checkpoint(trainer)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Adds the epoch's row, keeps the weights if they are the best, writes the checkpoint."""
+        assert isinstance(pl_module, Classifier)
+        row = self._row(trainer, pl_module)
+        watched = None if self.config.monitor == "last" else row[self.config.monitor]
+        if self._is_best(watched):
+            self.best = watched if watched is not None and np.isfinite(watched) else None
+            self.best_epoch = trainer.current_epoch
+            with explained_disk(self.folder):
+                save_weights(pl_module.evaluated, self.folder / "model.safetensors")
+        with explained_disk(self.folder):
+            append_row(self.folder / METRICS, row)
+        self.loss_sum, self.loss_count = 0.0, 0
+        self.next_batch = (trainer.current_epoch + 1, 0)
+        self.bar.say(_line(row, self.config.epochs, self.best_epoch == trainer.current_epoch))
+        self.finished = trainer.current_epoch + 1 >= self.config.epochs
+        if self.config.patience is not None and trainer.current_epoch - self.best_epoch >= self.config.patience:
+            self.finished = trainer.should_stop = True
+        self._checkpoint(trainer)
+        if self.stop.name is not None and not self.finished:
+            raise Stopped(self.stop.name)
+
+    def _is_best(self, watched: float | None) -> bool:
+        if self.config.monitor == "last" or self.best is None:
+            return True
+        if watched is None or not np.isfinite(watched):
+            return False
+        return watched < self.best if self.config.monitor == "val_loss" else watched > self.best
+
+    def _row(self, trainer: pl.Trainer, module: Classifier) -> dict[str, Any]:
+        figures = validation_figures(torch.cat(module.val_logits), torch.cat(module.val_labels))
+        here = max(time.monotonic() - self.started, 1e-9)
+        return {
+            "epoch": trainer.current_epoch + 1,
+            "step": trainer.global_step,
+            "seconds": round(self.seconds, 2),
+            "lr": trainer.optimizers[0].param_groups[0]["lr"],
+            "train_loss": self.loss_sum / self.loss_count,
+            **figures,
+            "images_per_second": round(self.steps_here * self.config.batch_size / here, 1),
+        }
+
+    def _checkpoint(self, trainer: pl.Trainer) -> None:
+        with explained_disk(self.folder), whole_file(self.folder / CHECKPOINT) as partial:
+            trainer.save_checkpoint(partial)
+        self.saved = time.monotonic()
+
+
+def validation_figures(logits: Tensor, labels: Tensor) -> dict[str, float | None]:
+    """Log-loss, accuracy and (macro one-against-rest) AUC of one evaluation; None where the AUC is not defined."""
+    log_p = logits.double().log_softmax(1)
+    probabilities, y = log_p.exp().numpy(), labels.numpy()
+    areas = class_rankings(np.ones((len(y), 1)), y, probabilities)["auc"]
+    area = float(areas[-1, 0] if len(areas) == 2 else mean_defined(areas)[0])
+    return {
+        "val_loss": -float(log_p.gather(1, labels[:, None]).mean()),
+        "val_accuracy": float((log_p.argmax(1) == labels).double().mean()),
+        "val_auc": area if np.isfinite(area) else None,
+    }
+
+
+def _line(row: dict[str, Any], epochs: int, best: bool) -> str:
+    area = "" if row["val_auc"] is None else f"  val AUC {row['val_auc']:.4f}"
+    return (
+        f"epoch {row['epoch']:>3}/{epochs}  train loss {row['train_loss']:.4f}  val loss {row['val_loss']:.4f}  "
+        f"val accuracy {100 * row['val_accuracy']:.1f} %{area}  {row['images_per_second']:.0f} images/s"
+        + ("  *" if best else "")
+    )
+
+
+@contextmanager
+def explained_disk(folder: Path) -> Iterator[None]:
+    """Says what a full disk means for the run: the files written before are whole."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        if not _disk_full(error, folder):
+            raise
+        raise InputError(
+            f"the disk is full: {folder} could not be written. What was written before is whole; free some space and go "
+            f"on with `sansmax train --resume --output {folder}`"
+        ) from error
+
+
+def _disk_full(error: BaseException, folder: Path) -> bool:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return True
+    # torch and safetensors report a failed write in their own words
+    free = os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize if hasattr(os, "statvfs") else 1 << 40
+    return free < 1 << 16

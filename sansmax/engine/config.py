@@ -1,0 +1,265 @@
+"""The configuration of a training run: every key, its default, its unit, and errors that name the nearest key.
+
+Names are timm's. A value is set by its dotted name, `optim.lr=3e-4`, or by its last part where that is unique.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from sansmax.errors import InputError
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class DataConfig(_Section):
+    """What to read, how to split it, and how pictures become tensors."""
+
+    source: str = ""
+    root: str | None = None
+    path_column: str | None = None
+    label_column: str | None = None
+    split_column: str | None = None
+    group_column: str | None = None
+    val_fraction: float = Field(0.15, gt=0.0, lt=1.0)
+    test_fraction: float = Field(0.15, ge=0.0, lt=1.0)
+    check: bool = True
+    """Decode every image file once before training, so that a broken one is found in the first minute."""
+    skip_bad: bool = False
+    image_size: int | tuple[int, int] = 224
+    """Pixels, or (height, width)."""
+    resize_mode: Literal["squash", "crop", "pad"] = "squash"
+    in_chans: int | None = Field(None, ge=1, le=4)
+    """Channels of the network; none: 1 if every image is grey, else 3."""
+    mean: tuple[float, ...] | None = None
+    """Per channel, of values in [0, 1]; none: that of the model."""
+    std: tuple[float, ...] | None = None
+    workers: int = Field(0, ge=0)
+    """Processes that load images; 0 loads in the training process."""
+
+    @field_validator("image_size")
+    @classmethod
+    def _positive(cls, value: int | tuple[int, int]) -> int | tuple[int, int]:
+        if min(value if isinstance(value, tuple) else (value,)) < 1:
+            raise ValueError("must be at least 1 pixel")
+        return value
+
+    @property
+    def height_width(self) -> tuple[int, int]:
+        """The size of the network's input."""
+        return self.image_size if isinstance(self.image_size, tuple) else (self.image_size, self.image_size)
+
+
+class ModelConfig(_Section):
+    """Which network of timm's registry, ours included, and its arguments."""
+
+    name: str = "seqnorm_vit_tiny_patch16_224"
+    pretrained: bool = False
+    """Start from the weights that timm has for the name (downloads them)."""
+    options: dict[str, Any] = {}
+    """Further arguments of `timm.create_model`: `model.options.depth=6`."""
+
+
+class AugmentConfig(_Section):
+    """Random changes of training pictures (torchvision); all are off at 0."""
+
+    hflip: float = Field(0.5, ge=0.0, le=1.0)
+    """Probability of a horizontal flip."""
+    vflip: float = Field(0.0, ge=0.0, le=1.0)
+    rotate: float = Field(0.0, ge=0.0, le=180.0)
+    """Largest angle in degrees, either way."""
+    translate: float = Field(0.0, ge=0.0, lt=1.0)
+    """Largest shift as a share of the side."""
+    scale: tuple[float, float] = (1.0, 1.0)
+    """Smallest and largest zoom factor."""
+    crop_scale: tuple[float, float] | None = None
+    """Random resized crop: smallest and largest share of the area."""
+    crop_ratio: tuple[float, float] = (0.75, 1.3333333333333333)
+    brightness: float = Field(0.0, ge=0.0)
+    contrast: float = Field(0.0, ge=0.0)
+    color: float = Field(0.0, ge=0.0)
+    """Largest relative change of brightness, contrast and saturation."""
+    noise: float = Field(0.0, ge=0.0)
+    """Standard deviation of Gaussian noise, of values in [0, 1]."""
+    erase: float = Field(0.0, ge=0.0, le=1.0)
+    """Probability of random erasing."""
+    fill: float = Field(0.0, ge=0.0, le=1.0)
+    """Grey value of what comes into view from outside, and of erased parts."""
+    auto: str | None = None
+    """timm's auto-augment string, such as `rand-m9-mstd0.5-inc1`."""
+
+
+class OptimConfig(_Section):
+    """Optimiser, schedule and loss (timm)."""
+
+    opt: str = "adamw"
+    lr: float = Field(1e-3, gt=0.0)
+    weight_decay: float = Field(0.05, ge=0.0)
+    sched: Literal["cosine", "constant"] = "cosine"
+    warmup_epochs: float = Field(1.0, ge=0.0)
+    warmup_lr: float = Field(1e-6, ge=0.0)
+    min_lr: float = Field(1e-5, ge=0.0)
+    layer_decay: float | None = Field(None, gt=0.0, le=1.0)
+    clip_grad: float | None = Field(1.0, gt=0.0)
+    """Largest norm of the gradient."""
+    smoothing: float = Field(0.0, ge=0.0, lt=1.0)
+    """Label smoothing."""
+    class_weights: bool = False
+    """Weight the loss by the inverse frequency of the classes."""
+    mixup: float = Field(0.0, ge=0.0)
+    cutmix: float = Field(0.0, ge=0.0)
+    model_ema_decay: float | None = Field(None, gt=0.0, lt=1.0)
+    """Evaluate and keep an exponential moving average of the weights."""
+
+
+class TrainConfig(_Section):
+    """A whole run."""
+
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    augment: AugmentConfig = AugmentConfig()
+    optim: OptimConfig = OptimConfig()
+    epochs: int = Field(30, ge=1)
+    batch_size: int = Field(32, ge=1)
+    seed: int = Field(0, ge=0)
+    monitor: Literal["val_loss", "val_auc", "val_accuracy", "last"] = "val_loss"
+    """Which epoch's weights are kept: the best by this figure, or the last."""
+    patience: int | None = Field(None, ge=1)
+    """Stop after so many epochs without a better `monitor`."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    precision: Literal["32", "bf16", "16"] = "32"
+    checkpoint_minutes: float = Field(5.0, gt=0.0)
+    """A checkpoint is written after every epoch, and within an epoch after so many minutes."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "TrainConfig":
+        if self.patience is not None and self.monitor == "last":
+            raise ValueError("patience needs a monitor to watch: val_loss, val_auc or val_accuracy")
+        return self
+
+
+def dotted_names(model: type[BaseModel] = TrainConfig, prefix: str = "") -> list[str]:
+    """Every key of the configuration, sections joined by dots."""
+    names = []
+    for name, info in model.model_fields.items():
+        section = info.annotation
+        if isinstance(section, type) and issubclass(section, BaseModel):
+            names += dotted_names(section, f"{prefix}{name}.")
+        else:
+            names.append(prefix + name)
+    return names
+
+
+def load_config(file: str | Path | None = None, overrides: list[str] | dict[str, Any] | None = None) -> TrainConfig:
+    """The configuration of a YAML file (or the defaults), changed by `key=value` texts or a dict of dotted names.
+
+    Raises InputError for an unreadable file, an unknown key (with the nearest names) and a value of the wrong kind.
+    """
+    values: dict[str, Any] = {} if file is None else _read_yaml(Path(file))
+    items = overrides.items() if isinstance(overrides, dict) else map(_split_override, overrides or [])
+    for key, value in items:
+        _set(values, full_name(key), value)
+    try:
+        return TrainConfig.model_validate(values)
+    except ValidationError as error:
+        raise InputError(_explain(error)) from None
+
+
+def full_name(key: str) -> str:
+    """The dotted name that `key` stands for: itself, or the only name that ends with it."""
+    names = dotted_names()
+    if key in names or key.startswith("model.options."):
+        return key
+    ending = [n for n in names if n.rsplit(".", 1)[-1] == key]
+    if len(ending) == 1:
+        return ending[0]
+    raise InputError(f"unknown key {key!r}: {_did_you_mean(key)}")
+
+
+def _did_you_mean(key: str) -> str:
+    names = dotted_names()
+    by_end = {n.rsplit(".", 1)[-1]: n for n in names}
+    like = difflib.get_close_matches(key, names, n=3, cutoff=0.6)
+    like += [by_end[m] for m in difflib.get_close_matches(key.rsplit(".", 1)[-1], by_end, n=3, cutoff=0.6)]
+    like = list(dict.fromkeys(like))
+    if like:
+        return f"did you mean {' or '.join(like[:3])}?"
+    return f"the keys are {', '.join(names)}; arguments of the network are set by model.options.NAME"
+
+
+def _split_override(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise InputError(f"--set takes key=value, got {text!r}; for example --set optim.lr=3e-4")
+    return key.strip(), parse_value(value.strip())
+
+
+def parse_value(text: str) -> Any:
+    """A value as YAML reads it, and numbers such as 3e-4, which YAML takes for text."""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise InputError(f"the value {text!r} is not valid YAML; put texts with special characters in quotes") from None
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _set(values: dict[str, Any], name: str, value: Any) -> None:
+    *sections, last = name.split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise InputError(f"{name}: {section} is a value, not a section")
+    values[last] = value
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise InputError(f"the configuration {path} does not exist")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not valid YAML: {error}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise InputError(f"{path} must hold keys and values such as 'epochs: 30', it holds a {type(values).__name__}")
+    return values
+
+
+def _explain(error: ValidationError) -> str:
+    lines = []
+    for item in error.errors():
+        name = ".".join(str(part) for part in item["loc"] if not str(part).startswith(("tuple[", "int", "function-")))
+        if item["type"] == "extra_forbidden":
+            lines.append(f"unknown key {name!r}: {_did_you_mean(name)}")
+        else:
+            lines.append(f"{name or 'configuration'}: {item['msg']}, got {item['input']!r}")
+    return "\n".join(dict.fromkeys(lines))
+
+
+def dump_config(config: TrainConfig) -> str:
+    """The configuration as YAML, to be read back by `load_config`."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def differences(old: TrainConfig, new: TrainConfig) -> list[str]:
+    """The keys in which two configurations differ, as `key: old -> new`."""
+
+    def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+        out: dict[str, Any] = {}
+        for key, value in values.items():
+            out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        return out
+
+    a, b = flat(old.model_dump(mode="json")), flat(new.model_dump(mode="json"))
+    return [f"{k}: {a.get(k)!r} -> {b.get(k)!r}" for k in sorted(a | b) if a.get(k) != b.get(k)]

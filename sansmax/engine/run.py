@@ -1,0 +1,188 @@
+"""The folder of a run: what is in it, how it is opened, and what may be done to one that is there.
+
+    config.yaml        the whole configuration
+    run.json           classes, preprocessing, versions, machine, command, state
+    splits.csv         which image was in which split
+    bad_images.csv     images that were left out, with the reason (only with --skip-bad)
+    metrics.csv        a row per epoch
+    model.safetensors  the best weights so far
+    last.ckpt          everything needed to go on
+    metrics.json, predictions_*.csv, summary.md, *.png    written at the end
+"""
+
+import json
+import os
+import platform
+import shutil
+import sys
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from sansmax.data.loading import Preprocess
+from sansmax.engine.build import build_model
+from sansmax.engine.config import TrainConfig, dump_config, load_config
+from sansmax.errors import InputError
+from sansmax.files import whole_file, write_text
+
+MARKS = ("config.yaml", "run.json")
+
+
+@dataclass(frozen=True)
+class Run:
+    """An opened run folder."""
+
+    folder: Path
+    config: TrainConfig
+    classes: tuple[str, ...]
+    preprocess: Preprocess
+    info: dict[str, Any]
+
+    @classmethod
+    def open(cls, folder: str | Path) -> "Run":
+        """Opens the folder that `sansmax train` wrote.
+
+        Raises InputError if it is none.
+        """
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise InputError(f"the run {folder} does not exist; `sansmax train DATA --output {folder}` makes one")
+        if not is_run(folder):
+            raise InputError(f"{folder} is not a run: it has no {' and '.join(m for m in MARKS if not (folder / m).exists())}")
+        config = load_config(folder / "config.yaml")
+        info = read_json(folder / "run.json")
+        return cls(folder, config, tuple(info["classes"]), Preprocess.from_dict(info["preprocess"]), info)
+
+    def load_model(self, device: torch.device | str = "cpu") -> nn.Module:
+        """The network with its best weights, in evaluation mode.
+
+        Raises InputError where training has not come to its first evaluation, or the weights do not fit.
+        """
+        path = self.folder / "model.safetensors"
+        if not path.exists():
+            raise InputError(
+                f"{self.folder} has no weights yet: training stopped before the end of its first epoch. "
+                f"Go on with `sansmax train --resume --output {self.folder}`"
+            )
+        options = self.config.model.model_copy(update={"pretrained": False})
+        network = build_model(options, self.config.data, len(self.classes), self.preprocess.in_chans)
+        load_weights(network, path)
+        return network.to(device).eval()
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder was written by a training run."""
+    return all((folder / mark).is_file() for mark in MARKS)
+
+
+def load_weights(network: nn.Module, path: Path) -> None:
+    """Loads a safetensors file into the network, strictly."""
+    try:
+        weights = load_file(path)
+    except Exception as error:  # safetensors raises its own type for torn files
+        raise InputError(f"{path} is damaged ({error}); go on from the checkpoint with --resume, or train again") from error
+    have, want = set(weights), set(network.state_dict())
+    if have != want:
+        lines = [f"  - {k}" for k in sorted(want - have)] + [f"  + {k}" for k in sorted(have - want)]
+        raise InputError(f"{path} does not fit the network; missing (-) and surplus (+):\n" + "\n".join(lines))
+    network.load_state_dict(weights)
+
+
+def save_weights(network: nn.Module, path: Path) -> None:
+    """Writes the weights as one whole safetensors file."""
+    weights = {k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}
+    with whole_file(path) as partial:
+        save_file(weights, partial, metadata={"format": "pt"})
+
+
+def prepare_folder(folder: Path, *, overwrite: bool, resume: bool) -> None:
+    """Makes the folder of a new run, or checks that it can be taken up.
+
+    Nothing is deleted but a run, and only with `overwrite`. Raises InputError for a folder that holds anything else,
+    and for a run without `overwrite` or `resume`.
+    """
+    if overwrite and resume:
+        raise InputError("--overwrite starts anew and --resume goes on; give one of them")
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--output {folder} is a file; give a folder")
+    if resume:
+        if not is_run(folder):
+            raise InputError(f"{folder} holds no run to resume; leave out --resume to start one")
+        return
+    if folder.is_dir() and any(folder.iterdir()):
+        if not is_run(folder):
+            raise InputError(f"{folder} is not empty and holds no run; give an empty or new folder to --output")
+        if not overwrite:
+            raise InputError(
+                f"{folder} holds another run; go on with it by --resume, replace it by --overwrite, "
+                "or give another --output"
+            )
+        shutil.rmtree(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"the folder {folder} cannot be made: {error.strerror}") from None
+
+
+def write_start(
+    folder: Path, config: TrainConfig, classes: tuple[str, ...], preprocess: Preprocess, command: str
+) -> dict[str, Any]:
+    """Writes config.yaml and run.json of a new run."""
+    info = {
+        "classes": list(classes),
+        "preprocess": preprocess.to_dict(),
+        "command": command,
+        "environment": environment(),
+        "state": "started",
+    }
+    write_text(folder / "config.yaml", dump_config(config))
+    write_json(folder / "run.json", info)
+    return info
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine, for the record of a result."""
+    names = ("sansmax", "torch", "torchvision", "timm", "lightning", "numpy", "scikit-learn")
+    return {
+        "python": platform.python_version(),
+        **{name: _version(name) for name in names},
+        "machine": machine(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def machine() -> str:
+    """Processor, cores and accelerator in words."""
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        models = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
+        name = models[0] if models else name
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
+    cuda = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{name}, {cores} cores{cuda}, {platform.system()}"
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file of the run; InputError where it is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path} is damaged: {error}") from None
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Writes a whole JSON file."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
