@@ -100,7 +100,7 @@ def seqnorm_attend(
         )
         s = (state.kv_scatter / n.unsqueeze(-1)) * a_k.unsqueeze(-1) * a_v.unsqueeze(-2)
         if beta_k is not None and beta_v is not None:
-            s = s + beta_k.unsqueeze(-1) * beta_v.unsqueeze(-2)
+            s = s + beta_k.to(s.dtype).unsqueeze(-1) * beta_v.to(s.dtype).unsqueeze(-2)
         shift = -state.q_mean * a_q
         if beta_q is not None:
             shift = shift + beta_q
@@ -108,7 +108,7 @@ def seqnorm_attend(
         return out.to(q.dtype)
 
 
-def _gain(gamma: Gain, variance: Tensor, eps: float) -> Tensor:
+def _gain(gamma: Tensor | None, variance: Tensor, eps: float) -> Tensor:
     # a variance from a difference of sums may be a rounding error below zero
     a = (variance.clamp_min(0.0) + eps).rsqrt()
     return a if gamma is None else a * gamma
@@ -134,7 +134,8 @@ def seqnorm_attention(
     Gains and biases are one per head and channel; None is gain 1 and bias 0. `mask` is True for real tokens
     (PyTorch's padding masks use the opposite); a floating mask is a weight per token. `order` is "quadratic", "linear"
     or "auto" (linear unless n < d). `eps` is added to each variance inside the root: a channel that is constant over
-    the tokens gives its bias, and so does a single token. The output at masked tokens is zero.
+    the tokens gives its bias, and so does a single token. The output at masked tokens, and of an image without any
+    real token, is zero. NaN in a real token is NaN in its whole image, and in no other.
 
     Raises ValueError for an unknown `order`.
     """
@@ -190,7 +191,7 @@ def seqnorm_affine(
     With mean mu and covariance G of the tokens (`moments`), per head: var(Q) = diag(W_q G W_q^T), likewise K and V;
     S = diag(gamma_k/sd_k) W_k G W_v^T diag(gamma_v/sd_v) + beta_k beta_v^T; M = sum over heads of
     W_q^T diag(gamma_q/sd_q) S W_out^T; c = sum of beta_q S W_out^T + b_out - mu M. Weights are (out, in), as in
-    `nn.Linear`.
+    `nn.Linear`. One token or none has G = 0: the map gives the biases, and is finite.
     """
     with torch.autocast(moments.mean.device.type, enabled=False):
         g = moments.covariance()
@@ -206,7 +207,7 @@ def seqnorm_affine(
         s = w_k.unflatten(0, (num_heads, d)) @ g_v.unflatten(-1, (num_heads, d)).movedim(-2, -3)
         s = s * a_k.unflatten(-1, (num_heads, d)).unsqueeze(-1) * a_v.unflatten(-1, (num_heads, d)).unsqueeze(-2)
         if beta_k is not None and beta_v is not None:
-            s = s + beta_k.unsqueeze(-1) * beta_v.unsqueeze(-2)
+            s = s + beta_k.to(s.dtype).unsqueeze(-1) * beta_v.to(s.dtype).unsqueeze(-2)
         read = (s @ w_out.mT.unflatten(0, (num_heads, d))).flatten(-3, -2)
         m = w_q.mT @ (a_q.unsqueeze(-1) * read)
         shift = -(moments.mean.unsqueeze(-2) @ m).squeeze(-2)
