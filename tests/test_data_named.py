@@ -184,18 +184,18 @@ def test_a_broken_download_is_continued(tmp_path, ranges):
 
 
 def test_a_wrong_checksum_is_reported_and_removed(tmp_path):
-    with serving({"a": CONTENT[:-1] + b"x"}) as (_, url):
-        with pytest.raises(InputError, match=f"MD5 sum [0-9a-f]{{32}}, expected is {MD5}.*was removed"):
-            download(f"{url}/a", tmp_path / "a", MD5)
+    message = f"MD5 sum [0-9a-f]{{32}}, expected is {MD5}.*was removed"
+    with serving({"a": CONTENT[:-1] + b"x"}) as (_, url), pytest.raises(InputError, match=message):
+        download(f"{url}/a", tmp_path / "a", MD5)
     assert not (tmp_path / "a").exists()
     assert not (tmp_path / "a.part").exists()
 
 
 def test_no_file_and_no_network_say_what_to_fetch_by_hand(tmp_path):
-    with serving({}) as (_, url):
-        with pytest.raises(InputError, match=rf"{url}/a \(HTTP status 404\).*by hand and save it as {tmp_path}/a"):
-            download(f"{url}/a", tmp_path / "a", MD5)
-    with pytest.raises(InputError, match=rf"cannot fetch {url}/a .*by hand and save it as {tmp_path}/a"):
+    by_hand = f"by hand and save it as {tmp_path}/a"
+    with serving({}) as (_, url), pytest.raises(InputError, match=rf"{url}/a \(HTTP status 404\).*{by_hand}"):
+        download(f"{url}/a", tmp_path / "a", MD5)
+    with pytest.raises(InputError, match=f"cannot fetch {url}/a .*{by_hand}"):
         download(f"{url}/a", tmp_path / "a", MD5, timeout=2)
 
 
@@ -229,12 +229,12 @@ def test_a_medmnist_file_at_hand_needs_no_network(tmp_path, tiny, monkeypatch):
     monkeypatch.setattr(medmnist, "URL", "http://127.0.0.1:1/{file}")
     with pytest.raises(InputError, match=r"no breastmnist_64\.npz in .*; fetch http://127.0.0.1:1/breastmnist_64"):
         open_data("medmnist:breastmnist:64", root=tmp_path)
-    with pytest.raises(InputError, match="cannot fetch .*by hand"):
+    with pytest.raises(InputError, match=r"cannot fetch .*by hand"):
         open_data("medmnist:breastmnist:64")
     (tmp_path / "breastmnist_64.npz").write_bytes(tiny)
     assert len(open_data("medmnist:breastmnist:64", root=tmp_path).splits()) == 3
     (tmp_path / "breastmnist_64.npz").write_bytes(tiny + b"x")
-    with pytest.raises(InputError, match="has the MD5 sum .*, the official file has"):
+    with pytest.raises(InputError, match=r"has the MD5 sum .*, the official file has"):
         open_data("medmnist:breastmnist:64", root=tmp_path)
 
 

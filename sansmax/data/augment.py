@@ -142,13 +142,15 @@ def _policy(name: str) -> Any:
         from torchvision.transforms import v2
 
         return v2.TrivialAugmentWide()
-    from timm.data.auto_augment import auto_augment_transform
+    from timm.data import auto_augment as policies
 
     allowed = ("trivial", "rand", "augmix", "original", "originalr", "v0", "v0r", "3a")
     if name.split("-")[0] not in allowed:
         raise unknown_name("augmentation policy", name.split("-")[0], allowed)
+    makers = {"rand": policies.rand_augment_transform, "augmix": policies.augment_and_mix_transform}
+    make = makers.get(name.split("-")[0], policies.auto_augment_transform)
     try:
-        return auto_augment_transform(name, {"translate_const": 32, "img_mean": (124, 116, 104)})
+        return make(name, {"translate_const": 32, "img_mean": (124, 116, 104)})
     except (AssertionError, ValueError, KeyError) as e:
         raise InputError(
             f"timm cannot make the augmentation policy {name!r} ({e}); an example is rand-m9-mstd0.5-inc1"

@@ -1,6 +1,7 @@
 """Opens an .npz file laid out as those of MedMNIST: {train,val,test}_images and _labels."""
 
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -68,13 +69,14 @@ def _class_of(path: Path, value: int, label_names: Sequence[str] | None) -> str:
 def _arrays(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     found = {}
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # np.load leaves a file that it opened itself open where it is damaged
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             keys = list(file.files)
             for word in SPLITS:
                 if f"{word}_images" in keys and f"{word}_labels" in keys:
                     images = _mapped(path, f"{word}_images.npy")
                     found[word] = (file[f"{word}_images"] if images is None else images, file[f"{word}_labels"])
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as e:
+    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as e:
         raise InputError(f"cannot read {path}: it is damaged, or no npz file ({e}); copy it again") from None
     if not found:
         raise InputError(f"{path} has the arrays {listed(keys, 20) or 'none'}; {_LAYOUT}")
