@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -52,23 +52,24 @@ def bars_figure(
     if not count:
         raise InputError("bars needs at least one model: {group: {model: Interval}}")
     headings = sum(bool(name) for name in groups)
-    height = 0.36 * count + 0.36 * GROUP_GAP * (len(groups) - 1 + headings) + 1.7
+    height = 0.36 * count + 0.36 * (GROUP_GAP * headings + GROUP_GAP / 3 * (len(groups) - 1)) + 1.7
     figure = new_figure(8.2, height, title or finding(groups, label, percent), note or "lines: 95 % interval")
     axes = figure.subplots()
     names = list(dict.fromkeys(model for models in groups.values() for model in models))
     top, places, shown = 0.0, [], []
     for group, models in groups.items():
         if group:
-            axes.text(0, top, group, fontweight="bold", fontsize=9.5, va="center", transform=axes.get_yaxis_transform())
+            place: dict[str, Any] = {"transform": axes.get_yaxis_transform(), "va": "center", "zorder": 5}
+            axes.text(0, top, group, fontweight="bold", fontsize=9.5, backgroundcolor="white", **place)
             top += GROUP_GAP
         for model, interval in models.items():
             draw_bar(axes, top, interval, names.index(model), percent)
             places.append(top)
             shown.append(textwrap.fill(textwrap.shorten(model, 56, placeholder="..."), 30))
             top += 1
-        top += GROUP_GAP
+        top += GROUP_GAP / 3
     axes.set_yticks(places, shown, color=INK, fontsize=9)
-    axes.set_ylim(top - GROUP_GAP - 0.4, -0.6)
+    axes.set_ylim(top - GROUP_GAP / 3 - 0.4, -0.6)
     finish(axes, groups, chance, label, percent)
     return figure
 
@@ -126,9 +127,9 @@ def finish(
     axes.spines["left"].set_visible(False)
     if chance is not None:
         axes.axvline(chance, color=INK, linestyle=(0, (4, 3)), linewidth=1.1)
-        where = axes.get_ylim()[0]
         text = f"chance {100 * chance:.3g} %" if percent else f"chance {chance:.3g}"
-        axes.annotate(text, (chance, where), xytext=(4, 5), textcoords="offset points", fontsize=8.2, color=INK)
+        place: dict[str, Any] = {"xycoords": axes.get_xaxis_transform(), "textcoords": "offset points"}
+        axes.annotate(text, (chance, 1), xytext=(0, 3), ha="center", fontsize=8.2, **place)
 
 
 def finding(groups: Mapping[str, Mapping[str, Interval]], label: str, percent: bool) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -58,7 +58,7 @@ def finding(counts: np.ndarray, names: Sequence[str]) -> str:
     wrong = counts - np.diag(np.diag(counts))
     if not wrong.any():
         return "No image was taken for another class"
-    i, j = np.unravel_index(wrong.argmax(), wrong.shape)
+    i, j = divmod(int(wrong.argmax()), len(wrong))
     short = [textwrap.shorten(names[c], 22, placeholder="...") or names[c][:22] for c in (i, j)]
     return f"Most frequent error: {short[0]} taken\nfor {short[1]}, {wrong[i, j]} of {counts[i].sum()} images"
 
@@ -103,7 +103,7 @@ def name_axes(axes: Axes, names: Sequence[str]) -> None:
 def write_cells(axes: Axes, counts: np.ndarray, share: np.ndarray, cell: float) -> None:
     """Count and per cent in each cell that holds an image; nothing in an empty one."""
     large = 14 if cell > 0.9 else 10 if cell > 0.6 else 7.8
-    place = {"textcoords": "offset points", "ha": "center", "va": "center"}
+    place: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "va": "center"}
     for (i, j), count in np.ndenumerate(counts):
         if count:
             colour = "white" if share[i, j] > 0.5 else "#1f2933"

@@ -53,7 +53,7 @@ def grid_figure(
     ratio = float(np.clip(np.median([im.shape[0] / im.shape[1] for im in images]), 0.4, 1.8))
     head = 0.12 + 0.25 * bool(title) * (title.count("\n") + 1) + 0.19 * bool(note) + 0.1
     width = max(columns * (CELL + 0.12) + 0.1, 4.5 if title else 0)
-    figure = new_figure(width, rows * (CELL * ratio + 0.16 * lines + 0.25) + head, title, note)
+    figure = new_figure(width, rows * (CELL * ratio + 0.15 * lines + 0.16) + head, title, note)
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for ax in axes:
         bare(ax)

@@ -65,7 +65,7 @@ def heatmap_overlay(pixels: np.ndarray, scores: np.ndarray, path: str | Path, *,
         cells = scores[(rows * scores.shape[0]) // h][:, (np.arange(w) * scores.shape[1]) // w]
         out[rows] = np.round(255 * tinted(as_rgb(pixels[top : top + BAND]), cells, limit, white)).astype(np.uint8)
     with replacing(path) as temporary:
-        imsave(temporary, out, format="png", metadata={"Software": None})
+        imsave(temporary, out, format="png")
     return Path(path)
 
 
@@ -108,15 +108,16 @@ def panel_figure(ratio: float, count: int, title: str, note: str) -> tuple[Figur
     height = titles + (count * (head + high) + foot + 0.3 * (count - 2) if stacked else head + high + foot)
     figure = new_figure(width, height, title, note)
     figure.set_layout_engine("none")
-    panels = []
+    panels, bottoms = [], []
     for i in range(count):
         left = edge if stacked else edge + i * (wide + gap)
         bottom = height - titles - head - high - ((i * (head + high) + foot * (i > 1)) if stacked else 0)
         panels.append(figure.add_axes((left / width, bottom / height, wide / width, high / height)))
         bare(panels[-1])
-        if i == 1:
-            inset = 0.25 * wide if stacked else 0.03 * wide
-            place = (left + inset) / width, (bottom - 0.22) / height, (wide - 2 * inset) / width, 0.11 / height
+        bottoms.append(bottom)
+    inset = 0.25 * wide if stacked else 0.03 * wide
+    left = edge if stacked else edge + wide + gap
+    place = (left + inset) / width, (bottoms[1] - 0.22) / height, (wide - 2 * inset) / width, 0.11 / height
     return figure, panels, figure.add_axes(place)
 
 
@@ -194,7 +195,7 @@ def draw_truth(axes: Axes, picture: np.ndarray, truth: np.ndarray, names: Mappin
     check_grid(truth)
     values = [int(v) for v in np.unique(truth) if v]
     grid = max(truth.shape) > min(picture.shape[:2])
-    rows, columns = fitted(*truth.shape, LONGEST) if grid else picture.shape[:2]
+    rows, columns = fitted(truth.shape[0], truth.shape[1], LONGEST) if grid else picture.shape[:2]
     base = picture if (rows, columns) == picture.shape[:2] else stretched_rgb(picture, (rows, columns))
     shown = pale(base, brightest(picture))
     handles = []

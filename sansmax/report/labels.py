@@ -15,9 +15,10 @@ if TYPE_CHECKING:
 SIZE = 8.8
 # average width of a bold letter and height of a line, in parts of the size of the type
 LETTER, LINE = 0.58, 1.25
-# where a text may stand, in points from the end of its line: beside, above, below, then to the left above
-SHIFTS = [(10, dy) for dy in (0, 7, -7, 13, -13, 20, -20, 27, -27, 34, -34, 42)]
-LEFT_SHIFTS = [(-8, dy) for dy in (8, 3, 14, 20, 28, 36, -8)]
+# where a text may stand, in points from the end of its line, the best first: at the right, then at the left
+SHIFTS = [(10, dy) for dy in (0, 6, -6, 12, -12, 18, -18, 25, -25, 32, -32, 40, -40)]
+SHIFTS += [(dx, dy) for dx in (-8, -30, -60) for dy in (4, 10, -8, 16, 24, 34, -20)]
+ROUNDS = 6
 
 
 class Label(NamedTuple):
@@ -51,37 +52,53 @@ class Box(NamedTuple):
 
 
 def place_labels(axes: Axes, labels: Sequence[Label]) -> None:
-    """Writes each label beside its point, the first free place of a few, else the one that hides least.
+    """Writes each label beside its point where it hides least, moving all of them until none can be bettered.
 
-    The lines and texts in `axes` so far are what is to be kept clear. Limits must be final.
+    The lines in `axes` so far are what is to be kept clear, dotted ones less so. Limits must be final.
     """
     figure = axes.figure.get_figure(root=True)
     assert figure is not None
     figure.draw_without_rendering()
-    points_per_pixel = 72 / figure.dpi
-    occupied = np.concatenate([np.empty((0, 2)), *(samples(axes, line) for line in axes.lines)]) * points_per_pixel
-    frame = Box(*(points_per_pixel * v for v in axes.bbox.extents))
-    boxes = [Box(*(points_per_pixel * v for v in t.get_window_extent().extents)) for t in axes.texts]
-    for label in labels:
-        at = axes.transData.transform((label.x, label.y)) * points_per_pixel
-        choices = [(shift, box_at(at, shift, label.text)) for shift in SHIFTS + LEFT_SHIFTS]
-        costs = [cost(box, rank, frame, boxes, occupied) for rank, (_, box) in enumerate(choices)]
-        shift, box = choices[int(np.argmin(costs))]
-        boxes.append(box)
-        side = "left" if shift[0] > 0 else "right"
-        axes.annotate(
-            label.text,
-            (label.x, label.y),
-            xytext=shift,
-            textcoords="offset points",
-            ha=side,
-            multialignment="left",
-            va="center",
-            fontsize=SIZE if label.bold else SIZE - 1,
-            color=label.colour,
-            fontweight="bold" if label.bold else "normal",
-            linespacing=1.1,
-        )
+    unit = 72 / figure.dpi
+    strong = [samples(axes, line) for line in axes.lines if line.get_linestyle() != ":"]
+    weak = [samples(axes, line)[::4] for line in axes.lines if line.get_linestyle() == ":"]
+    # the marks at the ends weigh more than the lines
+    marks = [np.repeat(line[-1:], 20, axis=0) for line in strong]
+    occupied = unit * np.concatenate([np.empty((0, 2)), *strong, *weak, *marks])
+    frame = Box(*(unit * v for v in axes.bbox.extents))
+    points = [unit * axes.transData.transform((label.x, label.y)) for label in labels]
+    choices = [[box_at(at, shift, label.text) for shift in SHIFTS] for at, label in zip(points, labels, strict=True)]
+    alone = [[cost(box, rank, frame, occupied) for rank, box in enumerate(boxes)] for boxes in choices]
+    chosen = [int(np.argmin(costs)) for costs in alone]
+    for _ in range(ROUNDS):
+        for i, boxes in enumerate(choices):
+            others = [choices[j][c] for j, c in enumerate(chosen) if j != i]
+            chosen[i] = int(
+                np.argmin([a + 1000 * sum(map(box.meets, others)) for a, box in zip(alone[i], boxes, strict=True)])
+            )
+    for label, choice in zip(labels, chosen, strict=True):
+        write(axes, label, SHIFTS[choice])
+
+
+def write(axes: Axes, label: Label, shift: tuple[float, float]) -> None:
+    """The text `shift` points from its point, with a white rim against the lines it may cross."""
+    from matplotlib.patheffects import withStroke
+
+    axes.annotate(
+        label.text,
+        (label.x, label.y),
+        xytext=shift,
+        textcoords="offset points",
+        ha="left" if shift[0] > 0 else "right",
+        multialignment="left",
+        va="center",
+        fontsize=SIZE if label.bold else SIZE - 1,
+        color=label.colour,
+        fontweight="bold" if label.bold else "normal",
+        linespacing=1.1,
+        path_effects=[withStroke(linewidth=2.5, foreground="white")],
+        zorder=7,
+    )
 
 
 def samples(axes: Axes, line: Line2D) -> np.ndarray:
@@ -102,7 +119,7 @@ def box_at(at: np.ndarray, shift: tuple[float, float], text: str) -> Box:
     return Box(left, middle - height / 2, left + width, middle + height / 2)
 
 
-def cost(box: Box, rank: int, frame: Box, boxes: Sequence[Box], occupied: np.ndarray) -> float:
-    """How bad a place is: texts over texts and outside the frame worst, over lines bad, far from the point a little."""
-    outside = box.left < frame.left or box.right > frame.right or box.top > frame.top or box.bottom < frame.bottom
-    return 1000 * sum(box.meets(b) for b in boxes) + 2000 * outside + 10 * box.covers(occupied) + rank
+def cost(box: Box, rank: int, frame: Box, occupied: np.ndarray) -> float:
+    """How bad a place is on its own: outside the frame worst, over lines bad, far from its point a little."""
+    outside = box.left < frame.left or box.right > frame.right + 4 or box.top > frame.top or box.bottom < frame.bottom
+    return 3000 * outside + 10 * box.covers(occupied) + 2 * rank

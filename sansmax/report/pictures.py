@@ -53,7 +53,7 @@ def as_rgb(pixels: np.ndarray) -> np.ndarray:
 
 def thumbnail(pixels: np.ndarray, longest: int) -> np.ndarray:
     """The picture as RGB, its longer side at most `longest` pixels."""
-    rows, columns = fitted(*pixels.shape[:2], longest)
+    rows, columns = fitted(pixels.shape[0], pixels.shape[1], longest)
     if (rows, columns) == pixels.shape[:2]:
         return as_rgb(pixels)
     small = area_mean(pixels, rows, columns)

@@ -11,7 +11,7 @@ import numpy as np
 
 from sansmax.errors import InputError
 from sansmax.report.curves import column
-from sansmax.report.labels import Label, place_labels
+from sansmax.report.labels import LETTER, SIZE, Label, place_labels
 from sansmax.report.style import COLOURS, MUTED, look, new_figure, save
 
 if TYPE_CHECKING:
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 SOFTMAX_COLOURS = ("#cc3311", "#e8836b", "#7a1f0a")
 Lines = dict[str, tuple[np.ndarray, np.ndarray]]
+# width of a panel in points
+PANEL = 310
 QUANTITIES = (("seconds", "Time of one forward pass"), ("peak_mib", "Peak memory"))
 
 
@@ -40,7 +42,7 @@ def scaling_figure(rows: Sequence[Mapping[str, Any]], title: str = "", note: str
     if not names:
         raise InputError("there are no rows to draw the scaling from; measure at least one mechanism")
     colours = mechanism_colours(names)
-    figure = new_figure(10.5, 4.9, title or finding(rows, names), note)
+    figure = new_figure(10.5, 5.3, title or finding(rows, names), note)
     panels, words = figure.subplots(1, 2), []
     for axes, (quantity, heading) in zip(panels, QUANTITIES, strict=True):
         measured = {name: line_of(rows, name, quantity) for name in names}
@@ -119,8 +121,11 @@ def frame(axes: Axes, rows: Sequence[Mapping[str, Any]], measured: Lines, quanti
     x = np.unique(column(rows, "tokens"))
     y = np.concatenate([np.array([1.0]) if not measured else np.empty(0), *(y for _, y in measured.values())])
     span = max(x.max() / x.min(), 10.0)
-    axes.set_xlim(x.min() / span**0.04, x.max() * span**0.5)
-    axes.set_ylim(y.min() / 2.2, y.max() * 3.2)
+    # the names of the lines that reach the end stand at their right
+    letters = max([len(name) for name, (own, _) in measured.items() if own[-1] == x.max()] + [len("slope 1.00")])
+    part = min(0.45, (14 + LETTER * SIZE * letters) / PANEL)
+    axes.set_xlim(x.min() / span**0.04, x.max() * span ** (1.04 * part / (1 - part)))
+    axes.set_ylim(y.min() / 2.2, y.max() * 4)
     keep = x if len(x) <= 6 else x[:: -(-len(x) // 6)]
     axes.set_xticks(keep, [compact(v) for v in keep])
     ticks = time_ticks(*axes.get_ylim()) if quantity == "seconds" else memory_ticks(*axes.get_ylim())
@@ -202,11 +207,12 @@ def end_labels(
         if not len(x):
             continue
         power = slope(x, y)
-        text = name if np.isnan(power) else f"{name}, slope {power:.2f}"
+        facts = [] if np.isnan(power) else [f"slope {power:.2f}"]
         stops = [str(row["reason"]) for row in rows if str(row["mechanism"]) == name and row.get("reason")]
         if stops:
             axes.plot(x[-1], y[-1], "X", color=colours[name], markersize=9, markeredgecolor="white", zorder=6)
-            text += f"\nstops: {stops[0]}"
+            facts.append(stops[0])
+        text = "\n".join([name, *facts])
         labels.append(Label(float(x[-1]), float(y[-1]), text, colours[name]))
     return sorted(labels, key=lambda label: label.y)
 

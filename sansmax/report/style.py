@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sansmax.report.atomic import replacing
 
@@ -23,7 +23,7 @@ COLOURS = ("#0077bb", "#ee7733", "#009988", "#cc3377", "#33bbee", "#997700", "#6
 NEGATIVE, POSITIVE = "#1460aa", "#c8351c"
 DPI = 180
 
-SETTINGS = {
+SETTINGS: Any = {
     "font.family": ["DejaVu Sans"],
     "font.size": 9.5,
     "text.color": INK,
