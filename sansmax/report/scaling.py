@@ -42,7 +42,8 @@ def scaling_figure(rows: Sequence[Mapping[str, Any]], title: str = "", note: str
     if not names:
         raise InputError("there are no rows to draw the scaling from; measure at least one mechanism")
     colours = mechanism_colours(names)
-    figure = new_figure(10.5, 5.3, title or finding(rows, names), note)
+    crosses = "crosses: where a mechanism stopped, and why" if any(row.get("reason") for row in rows) else ""
+    figure = new_figure(10.5, 5.3, title or finding(rows, names), "; ".join(part for part in (note, crosses) if part))
     panels, words = figure.subplots(1, 2), []
     for axes, (quantity, heading) in zip(panels, QUANTITIES, strict=True):
         measured = {name: line_of(rows, name, quantity) for name in names}
