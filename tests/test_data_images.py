@@ -93,6 +93,10 @@ LOSSLESS = {
     "zstd tiles.tif": (with_tifffile(GREY8, compression="zstd", tile=(16, 16)), GREY8),
     "white is zero.tif": (with_tifffile(GREY8, photometric="miniswhite"), 255 - GREY8),
     "white is zero 16 bit.tif": (with_tifffile(GREY16, photometric="miniswhite"), 65535 - GREY16),
+    "white is zero, opaque.tif": (
+        with_tifffile(np.dstack([GREY8, GREY8 | 255]), photometric="miniswhite", extrasamples=["unassalpha"]),
+        255 - GREY8,
+    ),
     "1 bit.tif": (with_pillow(BITS), BITS * np.uint8(255)),
     "palette.tif": (lambda path: palette_of(GREY8).save(path), PALETTE[GREY8]),
     "unmarked extra channel.tif": (
