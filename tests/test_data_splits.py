@@ -74,8 +74,9 @@ def test_grouped_classes_keep_a_training_image():
     for seed in range(20):
         parts = draw([str(i) for i in range(63)], labels, groups, seed=seed)
         assert set(labels[parts.train]) == {0, 1, 2}
-        # also where train is the smallest part
-        parts = draw([str(i) for i in range(63)], labels, groups, val=0.2, test=0.6, seed=seed)
+        # the class of a single group, also where train is the smallest part
+        alone = groups[:60] + ["rare"] * 3
+        parts = draw([str(i) for i in range(63)], labels, alone, val=0.2, test=0.6, seed=seed)
         assert set(labels[parts.train]) == {0, 1, 2}
 
 
