@@ -77,7 +77,9 @@ def build_preprocess(network: nn.Module, data: DataConfig, in_chans: int) -> Pre
             return values
         if given is None:
             return (sum(values) / len(values),)
-        raise InputError(f"data.{key} has {len(values)} values and the network {in_chans} channels; give 1 or {in_chans}")
+        raise InputError(
+            f"data.{key} has {len(values)} values and the network {in_chans} channels; give 1 or {in_chans}"
+        )
 
     return Preprocess(
         data.height_width,

@@ -2,13 +2,10 @@
 
 import errno
 import os
-import signal
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import lightning.pytorch as pl
@@ -20,6 +17,7 @@ from sansmax.engine.config import TrainConfig
 from sansmax.engine.module import Classifier
 from sansmax.engine.progress import Bar
 from sansmax.engine.run import save_weights
+from sansmax.engine.stopping import Stopped, StopSignal
 from sansmax.errors import InputError
 from sansmax.files import whole_file
 from sansmax.report.scores import class_rankings, mean_defined
@@ -27,36 +25,6 @@ from sansmax.report.tables import append_row
 
 METRICS = "metrics.csv"
 CHECKPOINT = "last.ckpt"
-
-
-class Stopped(Exception):  # noqa: N818 - it is no error
-    """The user or the system asked the run to stop, and it did, with everything on disk."""
-
-
-class StopSignal:
-    """Turns the first Ctrl-C (or SIGTERM) into a request that training honours at the next step."""
-
-    def __init__(self) -> None:
-        self.name: str | None = None
-
-    def _request(self, number: int, frame: FrameType | None) -> None:
-        if self.name is not None:
-            raise KeyboardInterrupt
-        self.name = signal.Signals(number).name
-
-    @contextmanager
-    def listening(self) -> Iterator["StopSignal"]:
-        """Listens while the block runs; only the main thread gets signals."""
-        if threading.current_thread() is not threading.main_thread():
-            yield self
-            return
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        before = [signal.signal(number, self._request) for number in numbers]
-        try:
-            yield self
-        finally:
-            for number, handler in zip(numbers, before, strict=True):
-                signal.signal(number, handler)
 
 
 class Recorder(pl.Callback):
@@ -125,7 +93,7 @@ class Recorder(pl.Callback):
         )
         if self.stop.name is not None:
             self._checkpoint(trainer)
-            raise Stopped(self.stop.name)
+            raise self._stopped()
         if time.monotonic() - self.saved > 60 * self.config.checkpoint_minutes:
             self._checkpoint(trainer)
 
@@ -149,7 +117,7 @@ class Recorder(pl.Callback):
             self.finished = trainer.should_stop = True
         self._checkpoint(trainer)
         if self.stop.name is not None and not self.finished:
-            raise Stopped(self.stop.name)
+            raise self._stopped()
 
     def _is_best(self, watched: float | None) -> bool:
         if self.config.monitor == "last" or self.best is None:
@@ -170,6 +138,14 @@ class Recorder(pl.Callback):
             **figures,
             "images_per_second": round(self.steps_here * self.config.batch_size / here, 1),
         }
+
+    def _stopped(self) -> Stopped:
+        epoch, batch = self.next_batch
+        where = f"epoch {epoch + 1}, batch {batch + 1} of {self.batches}"
+        return Stopped(
+            f"stopped by {self.stop.name} before {where}; everything is saved. "
+            f"Go on with: sansmax train --resume --output {self.folder}"
+        )
 
     def _checkpoint(self, trainer: pl.Trainer) -> None:
         with explained_disk(self.folder), whole_file(self.folder / CHECKPOINT) as partial:
@@ -208,8 +184,8 @@ def explained_disk(folder: Path) -> Iterator[None]:
         if not _disk_full(error, folder):
             raise
         raise InputError(
-            f"the disk is full: {folder} could not be written. What was written before is whole; free some space and go "
-            f"on with `sansmax train --resume --output {folder}`"
+            f"the disk is full: {folder} could not be written. What was written before is whole; free some space and "
+            f"go on with `sansmax train --resume --output {folder}`"
         ) from error
 
 

@@ -26,20 +26,20 @@ class DataConfig(_Section):
     label_column: str | None = None
     split_column: str | None = None
     group_column: str | None = None
-    val_fraction: float = Field(0.15, gt=0.0, lt=1.0)
-    test_fraction: float = Field(0.15, ge=0.0, lt=1.0)
+    val_fraction: float = Field(default=0.15, gt=0.0, lt=1.0)
+    test_fraction: float = Field(default=0.15, ge=0.0, lt=1.0)
     check: bool = True
     """Decode every image file once before training, so that a broken one is found in the first minute."""
     skip_bad: bool = False
     image_size: int | tuple[int, int] = 224
     """Pixels, or (height, width)."""
     resize_mode: Literal["squash", "crop", "pad"] = "squash"
-    in_chans: int | None = Field(None, ge=1, le=4)
+    in_chans: int | None = Field(default=None, ge=1, le=4)
     """Channels of the network; none: 1 if every image is grey, else 3."""
     mean: tuple[float, ...] | None = None
     """Per channel, of values in [0, 1]; none: that of the model."""
     std: tuple[float, ...] | None = None
-    workers: int = Field(0, ge=0)
+    workers: int = Field(default=0, ge=0)
     """Processes that load images; 0 loads in the training process."""
 
     @field_validator("image_size")
@@ -68,27 +68,27 @@ class ModelConfig(_Section):
 class AugmentConfig(_Section):
     """Random changes of training pictures (torchvision); all are off at 0."""
 
-    hflip: float = Field(0.5, ge=0.0, le=1.0)
+    hflip: float = Field(default=0.5, ge=0.0, le=1.0)
     """Probability of a horizontal flip."""
-    vflip: float = Field(0.0, ge=0.0, le=1.0)
-    rotate: float = Field(0.0, ge=0.0, le=180.0)
+    vflip: float = Field(default=0.0, ge=0.0, le=1.0)
+    rotate: float = Field(default=0.0, ge=0.0, le=180.0)
     """Largest angle in degrees, either way."""
-    translate: float = Field(0.0, ge=0.0, lt=1.0)
+    translate: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Largest shift as a share of the side."""
     scale: tuple[float, float] = (1.0, 1.0)
     """Smallest and largest zoom factor."""
     crop_scale: tuple[float, float] | None = None
     """Random resized crop: smallest and largest share of the area."""
     crop_ratio: tuple[float, float] = (0.75, 1.3333333333333333)
-    brightness: float = Field(0.0, ge=0.0)
-    contrast: float = Field(0.0, ge=0.0)
-    color: float = Field(0.0, ge=0.0)
+    brightness: float = Field(default=0.0, ge=0.0)
+    contrast: float = Field(default=0.0, ge=0.0)
+    color: float = Field(default=0.0, ge=0.0)
     """Largest relative change of brightness, contrast and saturation."""
-    noise: float = Field(0.0, ge=0.0)
+    noise: float = Field(default=0.0, ge=0.0)
     """Standard deviation of Gaussian noise, of values in [0, 1]."""
-    erase: float = Field(0.0, ge=0.0, le=1.0)
+    erase: float = Field(default=0.0, ge=0.0, le=1.0)
     """Probability of random erasing."""
-    fill: float = Field(0.0, ge=0.0, le=1.0)
+    fill: float = Field(default=0.0, ge=0.0, le=1.0)
     """Grey value of what comes into view from outside, and of erased parts."""
     auto: str | None = None
     """timm's auto-augment string, such as `rand-m9-mstd0.5-inc1`."""
@@ -98,22 +98,22 @@ class OptimConfig(_Section):
     """Optimiser, schedule and loss (timm)."""
 
     opt: str = "adamw"
-    lr: float = Field(1e-3, gt=0.0)
-    weight_decay: float = Field(0.05, ge=0.0)
+    lr: float = Field(default=1e-3, gt=0.0)
+    weight_decay: float = Field(default=0.05, ge=0.0)
     sched: Literal["cosine", "constant"] = "cosine"
-    warmup_epochs: float = Field(1.0, ge=0.0)
-    warmup_lr: float = Field(1e-6, ge=0.0)
-    min_lr: float = Field(1e-5, ge=0.0)
-    layer_decay: float | None = Field(None, gt=0.0, le=1.0)
-    clip_grad: float | None = Field(1.0, gt=0.0)
+    warmup_epochs: float = Field(default=1.0, ge=0.0)
+    warmup_lr: float = Field(default=1e-6, ge=0.0)
+    min_lr: float = Field(default=1e-5, ge=0.0)
+    layer_decay: float | None = Field(default=None, gt=0.0, le=1.0)
+    clip_grad: float | None = Field(default=1.0, gt=0.0)
     """Largest norm of the gradient."""
-    smoothing: float = Field(0.0, ge=0.0, lt=1.0)
+    smoothing: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Label smoothing."""
     class_weights: bool = False
     """Weight the loss by the inverse frequency of the classes."""
-    mixup: float = Field(0.0, ge=0.0)
-    cutmix: float = Field(0.0, ge=0.0)
-    model_ema_decay: float | None = Field(None, gt=0.0, lt=1.0)
+    mixup: float = Field(default=0.0, ge=0.0)
+    cutmix: float = Field(default=0.0, ge=0.0)
+    model_ema_decay: float | None = Field(default=None, gt=0.0, lt=1.0)
     """Evaluate and keep an exponential moving average of the weights."""
 
 
@@ -124,16 +124,16 @@ class TrainConfig(_Section):
     model: ModelConfig = ModelConfig()
     augment: AugmentConfig = AugmentConfig()
     optim: OptimConfig = OptimConfig()
-    epochs: int = Field(30, ge=1)
-    batch_size: int = Field(32, ge=1)
-    seed: int = Field(0, ge=0)
+    epochs: int = Field(default=30, ge=1)
+    batch_size: int = Field(default=32, ge=1)
+    seed: int = Field(default=0, ge=0)
     monitor: Literal["val_loss", "val_auc", "val_accuracy", "last"] = "val_loss"
     """Which epoch's weights are kept: the best by this figure, or the last."""
-    patience: int | None = Field(None, ge=1)
+    patience: int | None = Field(default=None, ge=1)
     """Stop after so many epochs without a better `monitor`."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     precision: Literal["32", "bf16", "16"] = "32"
-    checkpoint_minutes: float = Field(5.0, gt=0.0)
+    checkpoint_minutes: float = Field(default=5.0, gt=0.0)
     """A checkpoint is written after every epoch, and within an epoch after so many minutes."""
 
     @model_validator(mode="after")

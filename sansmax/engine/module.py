@@ -32,6 +32,8 @@ class Classifier(pl.LightningModule):
     `class_weights` is the loss weight of each class, or None. `epochs` and `steps_per_epoch` set the schedule.
     """
 
+    class_weights: Tensor | None
+
     def __init__(
         self,
         network: nn.Module,
@@ -43,13 +45,8 @@ class Classifier(pl.LightningModule):
         class_weights: Tensor | None = None,
     ) -> None:
         super().__init__()
-        self.network, self.optim, self.epochs, self.steps_per_epoch, self.seed = (
-            network,
-            optim,
-            epochs,
-            steps_per_epoch,
-            seed,
-        )
+        self.network, self.optim, self.seed = network, optim, seed
+        self.epochs, self.steps_per_epoch = epochs, steps_per_epoch
         decay = optim.model_ema_decay
         self.ema = None if decay is None else ModelEmaV3(network, decay=decay, use_warmup=True)
         self.register_buffer("class_weights", class_weights, persistent=False)

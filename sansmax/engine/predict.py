@@ -154,8 +154,8 @@ class Predictor:
         patch = patch_size(self.network)
         if patch is None or not isinstance(self.network, VisionTransformer) or not self.network.streams:
             raise InputError(
-                f"{type(self.network).__name__} cannot read a picture at its own resolution in chunks; use a network with "
-                "linear attention such as seqnorm_vit_tiny_patch16_224, or give --image-size in pixels"
+                f"{type(self.network).__name__} cannot read a picture at its own resolution in chunks; use a network "
+                "with linear attention such as seqnorm_vit_tiny_patch16_224, or give --image-size in pixels"
             )
         p = self.preprocess
         source = PixelSource(pixels, patch, in_chans=p.in_chans, mean=p.mean, std=p.std)

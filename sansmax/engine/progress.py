@@ -79,7 +79,7 @@ class _LiveBar(Bar):
         self.progress.start()
 
     def update(self, done: float, total: float, text: str = "") -> None:
-        self.progress.update(self.task, completed=done, total=total, **({"text": text} if text else {}))
+        self.progress.update(self.task, completed=done, total=total, text=text)
 
     def say(self, text: str) -> None:
         self.progress.console.print(text, markup=False, soft_wrap=True)

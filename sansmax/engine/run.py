@@ -1,13 +1,13 @@
 """The folder of a run: what is in it, how it is opened, and what may be done to one that is there.
 
-    config.yaml        the whole configuration
-    run.json           classes, preprocessing, versions, machine, command, state
-    splits.csv         which image was in which split
-    bad_images.csv     images that were left out, with the reason (only with --skip-bad)
-    metrics.csv        a row per epoch
-    model.safetensors  the best weights so far
-    last.ckpt          everything needed to go on
-    metrics.json, predictions_*.csv, summary.md, *.png    written at the end
+config.yaml        the whole configuration
+run.json           classes, preprocessing, versions, machine, command, state
+splits.csv         which image was in which split
+bad_images.csv     images that were left out, with the reason (only with --skip-bad)
+metrics.csv        a row per epoch
+model.safetensors  the best weights so far
+last.ckpt          everything needed to go on
+metrics.json, predictions_*.csv, summary.md, *.png    written at the end
 """
 
 import json
@@ -53,7 +53,9 @@ class Run:
         if not folder.is_dir():
             raise InputError(f"the run {folder} does not exist; `sansmax train DATA --output {folder}` makes one")
         if not is_run(folder):
-            raise InputError(f"{folder} is not a run: it has no {' and '.join(m for m in MARKS if not (folder / m).exists())}")
+            raise InputError(
+                f"{folder} is not a run: it has no {' and '.join(m for m in MARKS if not (folder / m).exists())}"
+            )
         config = load_config(folder / "config.yaml")
         info = read_json(folder / "run.json")
         return cls(folder, config, tuple(info["classes"]), Preprocess.from_dict(info["preprocess"]), info)
@@ -85,7 +87,9 @@ def load_weights(network: nn.Module, path: Path) -> None:
     try:
         weights = load_file(path)
     except Exception as error:  # safetensors raises its own type for torn files
-        raise InputError(f"{path} is damaged ({error}); go on from the checkpoint with --resume, or train again") from error
+        raise InputError(
+            f"{path} is damaged ({error}); go on from the checkpoint with --resume, or train again"
+        ) from error
     have, want = set(weights), set(network.state_dict())
     if have != want:
         lines = [f"  - {k}" for k in sorted(want - have)] + [f"  + {k}" for k in sorted(have - want)]

@@ -78,7 +78,8 @@ def stream(
 
 
 def _per_channel(model: VisionTransformer, key: str) -> tuple[float, ...]:
-    values = tuple(model.pretrained_cfg.get(key, (0.5,)))
+    cfg: dict[str, Any] = cast(Any, model).pretrained_cfg
+    values = tuple(cfg.get(key, (0.5,)))
     return values if len(values) in (1, model.in_chans) else (sum(values) / len(values),)
 
 

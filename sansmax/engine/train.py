@@ -18,6 +18,7 @@ from sansmax.engine.build import build_model, build_preprocess, num_parameters
 from sansmax.engine.config import DataConfig, TrainConfig, differences
 from sansmax.engine.progress import Reporter
 from sansmax.engine.run import Run, prepare_folder, write_json, write_start
+from sansmax.engine.stopping import StopSignal
 from sansmax.errors import InputError
 from sansmax.files import write_text
 
@@ -56,7 +57,9 @@ def train(
     else:
         _write_new(output, config, data, preprocess, command)
     parameters = num_parameters(network)
-    reporter.say(f"{config.model.name}: {parameters:,} parameters; {len(data.train):,} training images; run in {output}")
+    reporter.say(
+        f"{config.model.name}: {parameters:,} parameters; {len(data.train):,} training images; run in {output}"
+    )
     _fit(config, output, network, data, preprocess, resume, reporter)
     return finish_run(output, data, reporter)
 
@@ -88,8 +91,8 @@ def _same_config(output: Path, config: TrainConfig | None) -> TrainConfig:
     stored = Run.open(output).config
     if config is not None and (changed := differences(stored, config)):
         raise InputError(
-            f"a resumed run keeps its configuration, and this one differs:\n  " + "\n  ".join(changed) + "\n"
-            f"leave the changes out, or start a new run in another --output"
+            "a resumed run keeps its configuration, and this one differs:\n  " + "\n  ".join(changed) + "\n"
+            "leave the changes out, or start a new run in another --output"
         )
     return stored
 
@@ -105,9 +108,7 @@ def _same_splits(output: Path, data: LabelledImages) -> None:
         )
 
 
-def _write_new(
-    output: Path, config: TrainConfig, data: LabelledImages, preprocess: Preprocess, command: str
-) -> None:
+def _write_new(output: Path, config: TrainConfig, data: LabelledImages, preprocess: Preprocess, command: str) -> None:
     data.write_splits(output / "splits.csv")
     if data.bad:
         with (output / "bad_images.csv").open("w", newline="", encoding="utf-8") as file:
@@ -118,9 +119,7 @@ def _write_new(
     write_start(output, config, data.classes, preprocess, command)
 
 
-def loaders(
-    config: TrainConfig, data: LabelledImages, preprocess: Preprocess
-) -> tuple[ImageLoader, ImageLoader]:
+def loaders(config: TrainConfig, data: LabelledImages, preprocess: Preprocess) -> tuple[ImageLoader, ImageLoader]:
     """The loaders of training and validation images."""
     assert data.train is not None and data.val is not None
     augment = Augment(**config.augment.model_dump())
@@ -144,9 +143,9 @@ def _fit(
     resume: bool,
     reporter: Reporter,
 ) -> None:
-    from sansmax.engine.callbacks import CHECKPOINT, METRICS, Recorder, StopSignal
+    from sansmax.engine.callbacks import CHECKPOINT, METRICS, Recorder
     from sansmax.engine.module import Classifier
-    from sansmax.report.tables import read_rows  # noqa: F401
+    from sansmax.report.tables import truncate_rows
 
     assert data.train is not None
     train_loader, val_loader = loaders(config, data, preprocess)
@@ -162,7 +161,7 @@ def _fit(
         epoch, batch = state["next_batch"]
         train_loader.start_at(epoch, batch)
         reporter.say(f"going on at epoch {epoch + 1}, batch {batch + 1} of {steps}")
-        _forget_rows_after(output / METRICS, epoch)
+        truncate_rows(output / METRICS, step=epoch * steps)
         ckpt_path = str(checkpoint)
     stop = StopSignal()
     with stop.listening(), reporter.bar("training") as bar:
@@ -178,13 +177,6 @@ def _recorder_state(checkpoint: Path) -> dict[str, Any]:
             f"the checkpoint {checkpoint} is damaged ({type(error).__name__}); start anew with --overwrite. "
             "The best weights so far, model.safetensors, are not touched until then"
         ) from error
-
-
-def _forget_rows_after(path: Path, epochs: int) -> None:
-    from sansmax.report.tables import read_rows, write_rows
-
-    if path.exists():
-        write_rows(path, [row for row in read_rows(path) if row["epoch"] <= epochs])
 
 
 def _run_lightning(
@@ -215,9 +207,9 @@ def _run_lightning(
 
 def finish_run(output: Path, data: LabelledImages, reporter: Reporter) -> Run:
     """Evaluates the best weights on validation and test images and writes the report."""
-    from sansmax.engine.summarise import write_report
+    from sansmax.engine.report_run import report_run
 
     run = Run.open(output)
-    write_report(run, data, reporter)
+    report_run(run, data, reporter)
     write_json(output / "run.json", {**run.info, "state": "finished"})
     return Run.open(output)

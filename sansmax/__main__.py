@@ -1,0 +1,5 @@
+"""`python -m sansmax`."""
+
+from sansmax.cli import main
+
+main()
