@@ -180,6 +180,15 @@ def test_kept_pixels_come_back_in_every_shape():
     assert kept.get(2) is None
 
 
+def test_random_parts_are_cut_from_the_picture_at_its_full_size():
+    fine = np.indices((80, 100)).sum(0) % 2 * np.uint8(255)
+    images = ArrayImages(fine[None], ["fine"], [0])
+    preprocess = Preprocess((8, 10), 1, (0.5,), (0.5,))
+    assert next(iter(make_loader(images, preprocess, batch_size=1))).images.abs().max() < 0.1
+    parts = make_loader(images, preprocess, Augment(crop_scale=(0.01, 0.01)), batch_size=1)
+    assert next(iter(parts)).images.abs().max() > 0.5
+
+
 # the sampler
 
 
@@ -266,10 +275,10 @@ def test_pad_keeps_the_aspect_and_fills_with_the_mean():
 def test_reduction_is_antialiased_and_keeps_the_depth(interpolation, dtype):
     largest = np.iinfo(dtype).max
     stripes = np.zeros((64, 64), dtype)
-    stripes[:, ::2] = largest
+    stripes[:, ::8] = largest
     small = Preprocess((8, 8), 1, interpolation=interpolation).resize(stripes)
     assert small.dtype == dtype
-    assert np.abs(small[:, 2:-2] / largest - 0.5).max() < 0.03
+    assert np.abs(small[:, 2:-2] / largest - 1 / 8).max() < 0.03
     rising = np.linspace(0, largest, 64).astype(dtype)[None].repeat(64, 0)
     out = Preprocess((32, 32), 1, interpolation=interpolation).resize(rising)
     assert np.abs(out[0, 4:-4] / largest - (np.arange(4, 28) * 2 + 0.5) / 63).max() < 1 / 255 + 1e-3

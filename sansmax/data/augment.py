@@ -70,17 +70,18 @@ class Augment:
         return self == Augment(crop_ratio=self.crop_ratio, fill=self.fill)
 
     def __call__(self, image: Float[Tensor, "c a b"], size: tuple[int, int] | None = None) -> Float[Tensor, "c h w"]:
-        """The changed image, clipped to [0, 1]; a random part is resized to `size`, by default that of the image."""
+        """The changed image, still in [0, 1]; a random part is resized to `size`, by default that of the image."""
         from torchvision.transforms import v2
 
         if self.crop_scale is not None:
             crop = v2.RandomResizedCrop(
                 size or image.shape[-2:], self.crop_scale, self.crop_ratio, v2.InterpolationMode.BICUBIC
             )
+            # bicubic weights can leave the range
             image = crop(image).clamp_(0, 1)
         for step in self._steps:
             image = step(image)
-        return image.clamp(0, 1)
+        return image
 
     @cached_property
     def _steps(self) -> list[Any]:
