@@ -77,10 +77,19 @@ class SeqNormAttention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, device=device, dtype=dtype)
         for name in ("q", "k", "v"):
             # one axis, so that optimisers leave them out of weight decay as they do any gain and bias
-            self.register_parameter(f"gamma_{name}", nn.Parameter(torch.ones(dim, device=device, dtype=dtype)))
-            self.register_parameter(f"beta_{name}", nn.Parameter(torch.zeros(dim, device=device, dtype=dtype)))
+            self.register_parameter(f"gamma_{name}", nn.Parameter(torch.empty(dim, device=device, dtype=dtype)))
+            self.register_parameter(f"beta_{name}", nn.Parameter(torch.empty(dim, device=device, dtype=dtype)))
         self.proj = nn.Linear(dim, dim, bias=proj_bias, device=device, dtype=dtype)
         self.proj_drop = nn.Dropout(proj_drop)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Gains 1 and biases 0, but for the bias of the values."""
+        for name in ("q", "k", "v"):
+            nn.init.ones_(getattr(self, f"gamma_{name}"))
+            nn.init.zeros_(getattr(self, f"beta_{name}"))
+        # the output knows beta_k and beta_v by their product: were both 0, so were both gradients, for ever
+        nn.init.normal_(self.get_parameter("beta_v"), std=0.02)
 
     def _gains(self) -> dict[str, Tensor]:
         names = ("gamma_q", "beta_q", "gamma_k", "beta_k", "gamma_v", "beta_v")
