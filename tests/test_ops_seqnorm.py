@@ -65,7 +65,7 @@ def layer(order, x, p, weight=None, eps=1e-6):
 
 def draw_parameters(gains=GAINS, dtype=torch.float64):
     shapes = {f"w_{n}": (HEADS * D, C_IN) for n in "qkv"} | {f"b_{n}": (HEADS * D,) for n in "qkv"}
-    shapes |= {"w_out": (C_OUT, HEADS * D), "b_out": (C_OUT,)} | {n: (HEADS, D) for n in gains}
+    shapes |= {"w_out": (C_OUT, HEADS * D), "b_out": (C_OUT,)} | dict.fromkeys(gains, (HEADS, D))
     return {n: torch.randn(shape, dtype=dtype, requires_grad=True) for n, shape in shapes.items()}
 
 

@@ -7,7 +7,7 @@ number of tokens. The position table is resampled to the token grid, or absent (
 Beside timm's contract the model has the pieces that `sansmax.stream` runs in bands of rows: `embed_rows`,
 `embed_prefix`, the blocks' two phases, `summarise_pool` and `read_out`.
 
-Shapes: b images, n tokens, c channels, (gh, gw) the token grid.
+Shapes: b images, n tokens, t tokens with the prefix, c channels, (gh, gw) the token grid.
 """
 
 from functools import partial
@@ -18,7 +18,7 @@ from jaxtyping import Float
 from timm.layers.patch_dropout import PatchDropout
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models import vision_transformer as timm_vit
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sansmax.models.blocks import Block
@@ -45,11 +45,19 @@ class VisionTransformer(timm_vit.VisionTransformer):
         )
         self.attention = attention
 
-    def forward_features(self, x: Tensor, mask: Weight = None) -> Float[Tensor, "b n c"]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward_features(self, x: Tensor, mask: Weight = None) -> Float[Tensor, "b t c"]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """The tokens after the last block and norm, prefix tokens first.
 
-        `mask` (b, gh gw) is True for real patches, or a weight per patch; prefix tokens always count.
+        `mask` (b, gh gw) is True for real patches, or a weight per patch; prefix tokens always count. The pixels of
+        masked patches may be any finite number. Raises ValueError for a mask of another shape.
         """
+        if mask is not None:
+            gh, gw = self.patch_embed.dynamic_feat_size((x.shape[-2], x.shape[-1]))
+            if mask.shape != (x.shape[0], gh * gw):
+                raise ValueError(
+                    f"a mask has one value per patch, ({x.shape[0]}, {gh * gw}) for {x.shape[0]} images of {gh} x {gw} "
+                    f"patches, got {tuple(mask.shape)}"
+                )
         x = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
         mask = self._with_prefix(mask)
         for block in self.blocks:
@@ -69,7 +77,7 @@ class VisionTransformer(timm_vit.VisionTransformer):
         """Logits of images; `mask` as in `forward_features`."""
         return self.forward_head(self.forward_features(x, mask), mask=mask)
 
-    def _with_prefix(self, mask: Weight) -> Weight:
+    def _with_prefix(self, mask: Weight) -> Tensor | None:
         if mask is None:
             return None
         if isinstance(self.patch_drop, PatchDropout) and self.training:
@@ -188,7 +196,8 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _create(variant: str, pretrained: bool, **arguments) -> VisionTransformer:
+def _create(variant: str, pretrained: bool, **arguments) -> nn.Module:
+    # a `VisionTransformer`, or timm's wrapper of one where `features_only=True` asks for maps
     arguments = {
         "class_token": False,
         "global_pool": "avg",
@@ -207,28 +216,30 @@ def _create(variant: str, pretrained: bool, **arguments) -> VisionTransformer:
 
 
 @register_model
-def seqnorm_vit_tiny_patch16_224(pretrained: bool = False, **kwargs) -> VisionTransformer:
+def seqnorm_vit_tiny_patch16_224(pretrained: bool = False, **kwargs) -> nn.Module:
     """SeqNorm ViT-Ti/16: width 192, 12 layers, 3 heads."""
     arguments = {"patch_size": 16, "embed_dim": 192, "depth": 12, "num_heads": 3}
     return _create("seqnorm_vit_tiny_patch16_224", pretrained, **{**arguments, **kwargs})
 
 
 @register_model
-def seqnorm_vit_small_patch16_224(pretrained: bool = False, **kwargs) -> VisionTransformer:
+def seqnorm_vit_small_patch16_224(pretrained: bool = False, **kwargs) -> nn.Module:
     """SeqNorm ViT-S/16: width 384, 12 layers, 6 heads."""
     arguments = {"patch_size": 16, "embed_dim": 384, "depth": 12, "num_heads": 6}
     return _create("seqnorm_vit_small_patch16_224", pretrained, **{**arguments, **kwargs})
 
 
 @register_model
-def seqnorm_vit_base_patch16_224(pretrained: bool = False, **kwargs) -> VisionTransformer:
+def seqnorm_vit_base_patch16_224(pretrained: bool = False, **kwargs) -> nn.Module:
     """SeqNorm ViT-B/16: width 768, 12 layers, 12 heads."""
     arguments = {"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12}
     return _create("seqnorm_vit_base_patch16_224", pretrained, **{**arguments, **kwargs})
 
 
 @register_model
-def seqnorm_vit_pico_patch8_128(pretrained: bool = False, **kwargs) -> VisionTransformer:
+def seqnorm_vit_pico_patch8_128(pretrained: bool = False, **kwargs) -> nn.Module:
     """The network of the demo: width 64, 3 layers, 4 heads, grey 8 px patches, no positions (any number of tokens)."""
     arguments = {"patch_size": 8, "embed_dim": 64, "depth": 3, "num_heads": 4, "mlp_ratio": 2.0, "pos_embed": "none"}
+    # timm does not take it from the configuration
+    arguments["img_size"] = 128
     return _create("seqnorm_vit_pico_patch8_128", pretrained, **{**arguments, **kwargs})
