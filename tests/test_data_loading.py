@@ -181,7 +181,7 @@ def test_kept_pixels_come_back_in_every_shape():
 
 
 def test_random_parts_are_cut_from_the_picture_at_its_full_size():
-    fine = np.indices((80, 100)).sum(0) % 2 * np.uint8(255)
+    fine = (np.indices((80, 100)).sum(0) % 2 * 255).astype(np.uint8)
     images = ArrayImages(fine[None], ["fine"], [0])
     preprocess = Preprocess((8, 10), 1, (0.5,), (0.5,))
     assert next(iter(make_loader(images, preprocess, batch_size=1))).images.abs().max() < 0.1
