@@ -117,7 +117,7 @@ def _open(run: Run, data: str | Path, skip_bad: bool, reporter: Reporter, column
     same = str(data) == run.config.data.source
     names = ("path_column", "label_column", "split_column", "group_column", "root")
     # the columns of the very table the run was trained from need not be given again
-    chosen = {n: columns.get(n) or (getattr(run.config.data, n) if same else None) for n in names}
+    chosen: dict[str, Any] = {n: columns.get(n) or (getattr(run.config.data, n) if same else None) for n in names}
     with reporter.bar("reading images") as bar:
         return open_data(
             data,

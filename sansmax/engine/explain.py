@@ -28,8 +28,12 @@ def token_scores(
     """The gradient of each image's log-odds of its class by the weight of each patch, on the token grid.
 
     Positive: the patch speaks for the class. The mean over the batch does not enter: images are independent. Evaluation
-    mode is the caller's to set. Raises InputError if `class_index` names a class that the network lacks.
+    mode is the caller's to set. Raises InputError unless `class_index` is one class of the network for each image.
     """
+    if len(class_index) != images.shape[0]:
+        raise InputError(
+            f"scores need one class for each image: {images.shape[0]} images, {len(class_index)} class_index"
+        )
     grid = model.patch_embed.dynamic_feat_size((images.shape[-2], images.shape[-1]))
     for index in class_index:
         check_class(index, model.num_classes)

@@ -104,13 +104,15 @@ def stream_tokens(
     """
     _check(model, chunk_tokens, store)
     classes = _score_classes(scores, model.num_classes)
-    was_training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         with tempfile.TemporaryDirectory(prefix="sansmax-") as folder:
             return _Pass(model, source, chunk_tokens, store, classes, progress, Path(folder)).run()
     finally:
-        model.train(was_training)
+        # each by itself: part of a network may be frozen in evaluation mode while the rest trains
+        for module, training in modes:
+            module.training = training
 
 
 def _check(model: VisionTransformer, chunk_tokens: int, store: str) -> None:

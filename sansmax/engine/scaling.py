@@ -1,0 +1,156 @@
+"""Seconds and memory of one forward pass against the size of the picture, each mechanism in a process of its own.
+
+    python -m sansmax.engine.scaling '{"model": "seqnorm_vit_pico_patch8_128", "mechanism": "softmax", ...}'
+
+prints one JSON object per size. Sizes grow, and a mechanism stops where the next size would exceed its budget.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from sansmax.engine.progress import Reporter
+
+MECHANISMS = {
+    "softmax": "softmax (fused)",
+    "seqnorm": "sequence norm",
+    "streamed": "sequence norm, in chunks",
+}
+REPEATS = 5
+CHUNK_TOKENS = 16384
+
+
+def measure_scaling(
+    model: str,
+    sizes: Sequence[int],
+    *,
+    options: dict[str, Any] | None = None,
+    mechanisms: Sequence[str] = tuple(MECHANISMS),
+    budget_seconds: float = 20.0,
+    threads: int | None = None,
+    reporter: Reporter | None = None,
+) -> list[dict[str, Any]]:
+    """Rows `mechanism, tokens, image_px, seconds, peak_mib, reason` for `sansmax.report.scaling`.
+
+    `seconds` is the median of up to five forward passes of one picture without gradients; `peak_mib` is the largest
+    memory of the process during them beyond what it held before (the picture's pixels and the network excluded). The
+    softmax twin has the same architecture with PyTorch's fused attention.
+    """
+    reporter = reporter or Reporter(quiet=True)
+    rows: list[dict[str, Any]] = []
+    with reporter.bar("measuring time and memory") as bar:
+        for i, mechanism in enumerate(mechanisms):
+            case = {
+                "model": model,
+                "options": options or {},
+                "mechanism": mechanism,
+                "sizes": list(sizes),
+                "budget_seconds": budget_seconds,
+                "threads": threads,
+            }
+            for done, row in enumerate(_in_child(case), start=1):
+                rows.append({**row, "mechanism": MECHANISMS[mechanism]})
+                bar.update(i * len(sizes) + done, len(mechanisms) * len(sizes), f"{mechanism} {row['image_px']} px")
+    return rows
+
+
+def _in_child(case: dict[str, Any]) -> list[dict[str, Any]]:
+    command = [sys.executable, "-m", "sansmax.engine.scaling", json.dumps(case)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        # a process that the system ended for want of memory is a result, too
+        sys.stderr.write(done.stderr[-2000:])
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+def _measure(case: dict[str, Any]) -> None:
+    import timm
+
+    import sansmax  # noqa: F401 - registers the models
+
+    if case["threads"]:
+        torch.set_num_threads(case["threads"])
+    softmax = case["mechanism"] == "softmax"
+    torch.manual_seed(0)
+    options: dict[str, Any] = {**case["options"], **({"attention": "softmax"} if softmax else {})}
+    network: Any = timm.create_model(case["model"], **options).eval()
+    patch = network.patch_embed.patch_size[0]
+    last: tuple[int, float] | None = None
+    for side in case["sizes"]:
+        tokens = (side // patch) ** 2
+        row = {"tokens": tokens, "image_px": side, "seconds": None, "peak_mib": None, "reason": None}
+        growth = 2 if softmax else 1
+        expected = 0.0 if last is None else last[1] * (tokens / last[0]) ** growth
+        if expected > case["budget_seconds"]:
+            row["reason"] = f"would take about {_rounded(expected)}"
+            sys.stdout.write(json.dumps(row) + "\n")
+            return
+        pixels = np.random.default_rng(0).integers(0, 256, (side, side), dtype=np.uint8)
+        row["seconds"], row["peak_mib"] = _cost(_forward(network, pixels, case["mechanism"]), case["budget_seconds"])
+        last = (tokens, row["seconds"])
+        sys.stdout.write(json.dumps(row) + "\n")
+        sys.stdout.flush()
+
+
+def _rounded(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+
+
+def _forward(network: Any, pixels: np.ndarray, mechanism: str) -> Callable[[], object]:
+    from sansmax.data.tokens import PixelSource
+    from sansmax.engine.stream import stream_tokens
+
+    source = PixelSource(pixels, network.patch_embed.patch_size, in_chans=network.in_chans)
+    if mechanism == "streamed":
+        return lambda: stream_tokens(network, source, chunk_tokens=CHUNK_TOKENS)
+
+    def whole() -> object:
+        with torch.no_grad():
+            return network(source.read(0, source.grid[0]))
+
+    return whole
+
+
+def _cost(forward: Callable[[], object], budget: float) -> tuple[float, float]:
+    """Median seconds, and the largest memory in MiB beyond that at the start."""
+    before = _forget_peak()
+    times: list[float] = []
+    while len(times) < REPEATS and sum(times) < budget:
+        start = time.perf_counter()
+        forward()
+        times.append(time.perf_counter() - start)
+    return float(np.median(times)), max(0.0, _peak_mib() - before)
+
+
+def _forget_peak() -> float:
+    """Starts the count of the peak anew where the system can, and gives the memory in use in MiB."""
+    clear = Path("/proc/self/clear_refs")
+    if clear.exists():
+        try:
+            clear.write_text("5")
+        except OSError:
+            return _peak_mib()
+    return _peak_mib()
+
+
+def _peak_mib() -> float:
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) / 1024
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+if __name__ == "__main__":
+    _measure(json.loads(sys.argv[1]))
