@@ -112,13 +112,16 @@ class VisionTransformer(timm_vit.VisionTransformer):
             x = x.unflatten(1, (-1, grid[1]))
         if self.pos_embed is not None:
             prefix = 0 if self.no_embed_class else self.num_prefix_tokens
-            table = self.pos_embed[0, prefix:].unflatten(0, tuple(self.patch_embed.grid_size)).float()
-            rows, columns = (
-                interpolation_matrix(old, new).to(table)
-                for old, new in zip(self.patch_embed.grid_size, grid, strict=True)
-            )
-            band = rows[first_row : first_row + x.shape[1]]
-            x = x + torch.einsum("rh,hwc,sw->rsc", band, table, columns).to(x.dtype)
+            size = self.patch_embed.grid_size
+            table = self.pos_embed[0, prefix:].unflatten(0, tuple(size))
+            if tuple(grid) == tuple(size):
+                band = table[first_row : first_row + x.shape[1]]
+            else:
+                # in float32 whatever the type of the table, as timm does
+                rows, columns = (interpolation_matrix(*n).to(table.device) for n in zip(size, grid, strict=True))
+                rows = rows[first_row : first_row + x.shape[1]]
+                band = torch.einsum("rh,hwc,sw->rsc", rows, table.float(), columns)
+            x = x + band.to(x.dtype)
         return self.norm_pre(x.flatten(1, 2))
 
     def summarise_pool(self, x: Float[Tensor, "1 n c"], mask: Weight = None, prefix: bool = False) -> Mean:
