@@ -1,41 +1,33 @@
-"""Files that are either whole or not there: every result is written under another name and then renamed."""
+"""Files that are written whole or not at all."""
 
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 
 @contextmanager
-def whole_file(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside `path` to write to; it replaces `path` once the block ends without an error.
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Yields a temporary path beside `path`; what was written there takes its place when the block ends well.
 
-    The data are on disk before the name changes, so a crash leaves the old file or the new one, never a torn one.
-    The temporary name keeps the suffix, since libraries pick the format by it.
+    When the block fails, the temporary file goes and an older file under `path` stays as it was. Missing folders
+    are made. The temporary name keeps the suffix, since writers choose the format by it.
     """
     path = Path(path)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
-    os.close(handle)
-    partial = Path(name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}{path.suffix}")
     try:
-        yield partial
-        with partial.open("rb") as file:
+        yield temporary
+        with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        partial.chmod(0o666 & ~_umask())
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
-def write_text(path: str | Path, text: str) -> None:
-    """Writes a whole text file, UTF-8."""
-    with whole_file(path) as partial:
-        partial.write_text(text, encoding="utf-8")
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def write_text(path: str | Path, text: str) -> Path:
+    """Writes `text` as UTF-8 with Unix line ends, whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+    return Path(path)

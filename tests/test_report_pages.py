@@ -7,8 +7,9 @@ import os
 import numpy as np
 import pytest
 
+from sansmax import files
 from sansmax.errors import InputError
-from sansmax.report import atomic, tables
+from sansmax.report import tables
 from sansmax.report.metrics import Interval, measure
 from sansmax.report.style import new_figure, save
 from sansmax.report.summary import interval_text, run_summary, table, write_summary
@@ -56,11 +57,11 @@ def test_a_failure_half_way_leaves_the_old_table(tmp_path, monkeypatch, broken):
         raise OSError("no space left")
 
     if broken == "replace":
-        monkeypatch.setattr(atomic.Path, "replace", fail)
+        monkeypatch.setattr(files.Path, "replace", fail)
     elif broken == "fsync":
         monkeypatch.setattr(os, "fsync", fail)
     else:
-        monkeypatch.setattr(atomic.Path, "write_text", lambda self, text, **_: (self.write_bytes(b"half a l"), fail()))
+        monkeypatch.setattr(files.Path, "write_text", lambda self, text, **_: (self.write_bytes(b"half a l"), fail()))
     with pytest.raises(OSError, match="no space"):
         tables.append_row(path, {"step": 2})
     assert path.read_bytes() == before
@@ -69,9 +70,9 @@ def test_a_failure_half_way_leaves_the_old_table(tmp_path, monkeypatch, broken):
 
 def test_the_new_table_is_on_the_disk_before_it_takes_the_name(tmp_path, monkeypatch):
     done = []
-    synced, moved = os.fsync, atomic.Path.replace
+    synced, moved = os.fsync, files.Path.replace
     monkeypatch.setattr(os, "fsync", lambda fd: (done.append("sync"), synced(fd))[1])
-    monkeypatch.setattr(atomic.Path, "replace", lambda self, to: (done.append("move"), moved(self, to))[1])
+    monkeypatch.setattr(files.Path, "replace", lambda self, to: (done.append("move"), moved(self, to))[1])
     tables.append_row(tmp_path / "metrics.csv", {"step": 1})
     assert done == ["sync", "move"]
 

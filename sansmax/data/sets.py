@@ -1,8 +1,6 @@
 """Labelled images of one split, whatever they lie in, and the splits of one source together."""
 
 import csv
-import os
-import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +11,7 @@ import numpy as np
 
 from sansmax.data.images import check_pixels, read_image
 from sansmax.errors import InputError
+from sansmax.files import replacing
 
 SPLITS = ("train", "val", "test")
 
@@ -155,21 +154,13 @@ class LabelledImages:
 
     def write_splits(self, path: str | Path) -> None:
         """Writes which image is in which split: CSV with the columns name, label, group, split."""
-        path = Path(path)
-        handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "w", newline="", encoding="utf-8") as file:
-                out = csv.writer(file)
-                out.writerow(["name", "label", "group", "split"])
-                for split, images in self.splits().items():
-                    groups = images.groups or [""] * len(images)
-                    for name, label, group in zip(images.names, images.labels, groups, strict=True):
-                        out.writerow([name, self.classes[label], group, split])
-            Path(partial).chmod(0o644)
-            Path(partial).replace(path)
-        except BaseException:
-            Path(partial).unlink(missing_ok=True)
-            raise
+        with replacing(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
+            out = csv.writer(file)
+            out.writerow(["name", "label", "group", "split"])
+            for split, images in self.splits().items():
+                groups = images.groups or [""] * len(images)
+                for name, label, group in zip(images.names, images.labels, groups, strict=True):
+                    out.writerow([name, self.classes[label], group, split])
 
 
 def looks_coloured(sets: dict[str, ImageSet], sample: int = 32) -> bool:

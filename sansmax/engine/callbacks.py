@@ -19,7 +19,7 @@ from sansmax.engine.progress import Bar
 from sansmax.engine.run import save_weights
 from sansmax.engine.stopping import Stopped, StopSignal
 from sansmax.errors import InputError
-from sansmax.files import whole_file
+from sansmax.files import replacing
 from sansmax.report.scores import class_rankings, mean_defined
 from sansmax.report.tables import append_row
 
@@ -148,7 +148,7 @@ class Recorder(pl.Callback):
         )
 
     def _checkpoint(self, trainer: pl.Trainer) -> None:
-        with explained_disk(self.folder), whole_file(self.folder / CHECKPOINT) as partial:
+        with explained_disk(self.folder), replacing(self.folder / CHECKPOINT) as partial:
             trainer.save_checkpoint(partial)
         self.saved = time.monotonic()
 

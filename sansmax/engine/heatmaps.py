@@ -10,7 +10,7 @@ from sansmax.engine.predict import NATIVE, Prediction, Predictor, shown_picture
 from sansmax.engine.predict_many import pictures_in
 from sansmax.engine.progress import Reporter
 from sansmax.engine.run import Run
-from sansmax.files import whole_file
+from sansmax.files import replacing
 from sansmax.report.heatmap import heatmap, heatmap_overlay
 
 OVERLAY_LIMIT = 4096
@@ -60,7 +60,7 @@ def _write(result: Prediction, shown: np.ndarray, stem: Path) -> Iterator[Path]:
     if max(shown.shape[:2]) <= OVERLAY_LIMIT:
         yield heatmap_overlay(shown, result.scores, stem.with_name(stem.name + "_overlay.png"))
     arrays = stem.with_name(stem.name + "_scores.npz")
-    with whole_file(arrays) as partial:
+    with replacing(arrays) as partial:
         np.savez_compressed(
             partial,
             scores=result.scores.astype(np.float32),

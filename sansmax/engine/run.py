@@ -28,7 +28,7 @@ from sansmax.data.loading import Preprocess
 from sansmax.engine.build import build_model
 from sansmax.engine.config import TrainConfig, dump_config, load_config
 from sansmax.errors import InputError
-from sansmax.files import whole_file, write_text
+from sansmax.files import replacing, write_text
 
 MARKS = ("config.yaml", "run.json")
 
@@ -100,7 +100,7 @@ def load_weights(network: nn.Module, path: Path) -> None:
 def save_weights(network: nn.Module, path: Path) -> None:
     """Writes the weights as one whole safetensors file."""
     weights = {k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}
-    with whole_file(path) as partial:
+    with replacing(path) as partial:
         save_file(weights, partial, metadata={"format": "pt"})
 
 

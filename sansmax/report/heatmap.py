@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sansmax.errors import InputError
-from sansmax.report.atomic import replacing
+from sansmax.files import replacing
 from sansmax.report.pictures import as_rgb, fitted, stretched, thumbnail
 from sansmax.report.style import COLOURS, MUTED, bare, look, new_figure, save
 

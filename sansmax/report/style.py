@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sansmax.report.atomic import replacing
+from sansmax.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

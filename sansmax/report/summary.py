@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from sansmax.report.atomic import write_text
+from sansmax.files import write_text
 from sansmax.report.metrics import TITLES, Metrics
 from sansmax.report.resample import Interval
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from sansmax.errors import InputError, unknown_name
-from sansmax.report.atomic import write_text
+from sansmax.files import write_text
 
 COLUMNS = (
     "epoch",
