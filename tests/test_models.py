@@ -287,9 +287,10 @@ def test_weights_of_timm_load_and_only_gains_and_biases_are_missing():
     assert loaded.unexpected_keys == []
 
 
-def test_the_softmax_network_with_weights_of_timm_gives_its_logits(assert_same):
-    twin = perturbed(timm.create_model("vit_tiny_patch16_224", num_classes=7), by=0.05)
-    model = like_timm(attention="softmax", num_classes=7).eval()
+@pytest.mark.parametrize("changes", [{}, {"init_values": 0.5, "depth": 2}, {"reg_tokens": 3, "depth": 2}], ids=str)
+def test_the_softmax_network_with_weights_of_timm_gives_its_logits(changes, assert_same):
+    twin = perturbed(timm.create_model("vit_tiny_patch16_224", num_classes=7, **changes), by=0.05)
+    model = like_timm(attention="softmax", num_classes=7, **changes).eval()
     model.load_state_dict(twin.state_dict())
     x = torch.randn(1, 3, 224, 224)
     with torch.no_grad():

@@ -181,7 +181,9 @@ def _cfg(**changes: object) -> dict[str, object]:
         "first_conv": "patch_embed.proj",
         "classifier": "head",
         "license": "apache-2.0",
-        "paper_name": "Softmax-free transformers with sequence normalisation",
+        "paper_name": (
+            "Compute-Efficient Medical Image Classification with Softmax-Free Transformers and Sequence Normalization"
+        ),
         "paper_ids": "arXiv:2406.01314",
         **changes,
     }

@@ -1,0 +1,57 @@
+# What a person types. Each target sets up what it needs; `make setup` alone is never required.
+#
+#   make demo    the main job on digit mosaics, into runs/demo
+#   make test    the whole test suite
+#   make check   formatting, lint, types
+#   make bench   the benchmarks, into benchmarks/results
+#   make docs    the documentation, into site
+#   make lock    pin the versions of every dependency anew
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: setup demo test check bench docs lock clean
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+setup: $(READY)
+
+# uv installs the locked versions with their hashes; it comes into the environment itself, nothing outside is touched
+$(READY): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed; name one with: make PYTHON=python3.11"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check "uv==0.13.8"
+	@echo "installing the locked dependencies into $(VENV) (PyTorch is large: some minutes the first time)"
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes -r requirements.lock
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation -e .
+	@touch $@
+
+demo: $(READY)
+	$(BIN)/sansmax demo --output runs/demo --overwrite
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+check: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/basedpyright
+
+bench: $(READY)
+	$(BIN)/python -m benchmarks.scaling
+	$(BIN)/python -m benchmarks.pneumonia
+
+docs: $(READY)
+	$(BIN)/mkdocs build --strict
+
+lock:
+	$(BIN)/uv pip compile --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header \
+		--extra dev --extra docs --output-file requirements.lock pyproject.toml
+
+clean:
+	rm -rf $(VENV) build dist site
