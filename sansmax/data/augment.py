@@ -26,9 +26,11 @@ class Augment:
     auto                    a policy of timm, such as "rand-m9-mstd0.5-inc1", "augmix-m3-w3", or "trivial" for
                             TrivialAugment; works on 8 bit colours, draws from Python's and numpy's generators too
     brightness, contrast, color   largest relative change; color is saturation
-    noise                   standard deviation of added Gaussian noise
-    erase                   probability that a rectangle becomes `fill`
-    fill                    grey value, in [0, 1], of what comes into view from outside and of erased parts
+    blur                    largest standard deviation in pixels of a Gaussian blur, drawn anew for each image
+    noise                   largest standard deviation of added Gaussian noise, drawn anew for each image
+    erase                   probability that a rectangle becomes `fill` (mid-grey with "edge")
+    fill                    grey value, in [0, 1], of what comes into view from outside and of erased parts; or "edge":
+                            the border of the picture goes on
 
     They are applied in this order, crop first, then flips.
     """
@@ -43,9 +45,10 @@ class Augment:
     brightness: float = 0.0
     contrast: float = 0.0
     color: float = 0.0
+    blur: float = 0.0
     noise: float = 0.0
     erase: float = 0.0
-    fill: float = 0.0
+    fill: float | str = 0.0
     auto: str | None = None
 
     def __post_init__(self):
@@ -55,10 +58,13 @@ class Augment:
                 object.__setattr__(self, name, tuple(value))
                 if len(value) != 2 or not 0 < value[0] <= value[1]:
                     raise InputError(f"{name} must be two numbers above 0, the smaller first; {value} was given")
-        for name in ("hflip", "vflip", "translate", "erase", "fill"):
+        if isinstance(self.fill, str) and self.fill != "edge":
+            raise InputError(f'fill must be "edge" or a grey value in 0 ... 1, {self.fill!r} was given')
+        shares = ["hflip", "vflip", "translate", "erase"] + ([] if self.fill == "edge" else ["fill"])
+        for name in shares:
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name} must be in 0 ... 1, {getattr(self, name)} was given")
-        for name in ("rotate", "brightness", "contrast", "color", "noise"):
+        for name in ("rotate", "brightness", "contrast", "color", "blur", "noise"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name} must be 0 or more, {getattr(self, name)} was given")
         if self.auto:
@@ -96,17 +102,21 @@ class Augment:
             shift = (self.translate, self.translate) if self.translate else None
             zoom = self.scale if self.scale != (1.0, 1.0) else None
             bilinear = v2.InterpolationMode.BILINEAR
-            steps.append(
-                v2.RandomAffine([-self.rotate, self.rotate], shift, zoom, interpolation=bilinear, fill=self.fill)
-            )
+            grey = 0.0 if isinstance(self.fill, str) else self.fill
+            affine = v2.RandomAffine([-self.rotate, self.rotate], shift, zoom, interpolation=bilinear, fill=grey)
+            steps.append(_WithBorder(affine) if self.fill == "edge" else affine)
         if self.auto:
             steps.append(_OnPictures(_policy(self.auto)))
         if self.brightness or self.contrast or self.color:
             steps.append(v2.ColorJitter(self.brightness, self.contrast, self.color))
+        if self.blur:
+            # torchvision wants a smallest width above 0: this one changes nothing
+            size = 2 * max(1, round(3 * self.blur)) + 1
+            steps.append(v2.GaussianBlur(size, (min(1e-3, self.blur), self.blur)))
         if self.noise:
-            steps.append(v2.GaussianNoise(0.0, self.noise))
+            steps.append(_Noise(self.noise))
         if self.erase:
-            steps.append(v2.RandomErasing(self.erase, value=self.fill))
+            steps.append(v2.RandomErasing(self.erase, value=0.5 if isinstance(self.fill, str) else self.fill))
         return steps
 
     def to_dict(self) -> dict[str, Any]:
@@ -121,6 +131,35 @@ class Augment:
             if name not in known:
                 raise unknown_name("setting of Augment", name, known)
         return cls(**settings)
+
+
+class _WithBorder:
+    """A change of place whose outside is the border of the picture gone on, not a colour.
+
+    The picture is padded by half its larger side, which covers shifts up to 0.5 and any angle.
+    """
+
+    def __init__(self, change: Any):
+        self.change = change
+
+    def __call__(self, image: Tensor) -> Tensor:
+        from torchvision.transforms.v2 import functional as F
+
+        height, width = image.shape[-2:]
+        border = -(-max(height, width) // 2)
+        wide = F.pad(image, [border], padding_mode="edge")
+        # the numbers are drawn for the picture itself: a shift is a part of its own size
+        return F.center_crop(self.change.transform(wide, self.change.make_params([image])), [height, width])
+
+
+class _Noise:
+    """Gaussian noise of a standard deviation drawn evenly between 0 and `largest`."""
+
+    def __init__(self, largest: float):
+        self.largest = largest
+
+    def __call__(self, image: Tensor) -> Tensor:
+        return image + torch.randn_like(image) * (self.largest * torch.rand(()))
 
 
 class _OnPictures:

@@ -84,12 +84,14 @@ class AugmentConfig(_Section):
     contrast: float = Field(default=0.0, ge=0.0)
     color: float = Field(default=0.0, ge=0.0)
     """Largest relative change of brightness, contrast and saturation."""
+    blur: float = Field(default=0.0, ge=0.0)
+    """Largest standard deviation of a Gaussian blur in pixels."""
     noise: float = Field(default=0.0, ge=0.0)
-    """Standard deviation of Gaussian noise, of values in [0, 1]."""
+    """Largest standard deviation of Gaussian noise, of values in [0, 1]."""
     erase: float = Field(default=0.0, ge=0.0, le=1.0)
     """Probability of random erasing."""
-    fill: float = Field(default=0.0, ge=0.0, le=1.0)
-    """Grey value of what comes into view from outside, and of erased parts."""
+    fill: float | Literal["edge"] = 0.0
+    """Grey value in [0, 1] of what comes into view from outside, or "edge": the border goes on."""
     auto: str | None = None
     """timm's auto-augment string, such as `rand-m9-mstd0.5-inc1`."""
 
@@ -127,6 +129,8 @@ class TrainConfig(_Section):
     epochs: int = Field(default=30, ge=1)
     batch_size: int = Field(default=32, ge=1)
     seed: int = Field(default=0, ge=0)
+    tta_hflip: bool = False
+    """Average the probabilities of evaluation and prediction over the picture and its mirror image."""
     monitor: Literal["val_loss", "val_auc", "val_accuracy", "last"] = "val_loss"
     """Which epoch's weights are kept: the best by this figure, or the last."""
     patience: int | None = Field(default=None, ge=1)

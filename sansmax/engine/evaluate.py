@@ -7,10 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import nn
 
-from sansmax.data.loading import Preprocess, make_loader
+from sansmax.data.loading import make_loader
 from sansmax.data.open import open_data
 from sansmax.data.sets import ImageSet, LabelledImages
 from sansmax.engine.predict import Predictor
@@ -26,24 +24,20 @@ from sansmax.report.tables import write_predictions
 SPLITS = ("train", "val", "test", "all")
 
 
-@torch.no_grad()
 def probabilities_of(
-    network: nn.Module,
+    predictor: Predictor,
     images: ImageSet,
-    preprocess: Preprocess,
     *,
     batch_size: int = 32,
     workers: int = 0,
-    device: torch.device | str = "cpu",
     progress: Callable[[int, int], None] | None = None,
 ) -> np.ndarray:
-    """Softmax probabilities `(n, classes)` in float64, in the order of the set."""
-    loader = make_loader(images, preprocess, batch_size=batch_size, workers=workers, cache="none")
-    network = network.to(device).eval()
+    """Probabilities `(n, classes)` in float64, in the order of the set."""
+    loader = make_loader(images, predictor.preprocess, batch_size=batch_size, workers=workers, cache="none")
     parts = []
     done = 0
     for batch in loader:
-        parts.append(network(batch.images.to(device)).double().softmax(1).cpu().numpy())
+        parts.append(predictor.probabilities(batch.images))
         done += len(batch.labels)
         if progress is not None:
             progress(done, len(images))
@@ -92,12 +86,10 @@ def evaluate(
     predictor = Predictor.of(run, run.config.device)
     with reporter.bar("evaluating") as bar:
         probabilities = probabilities_of(
-            predictor.network,
+            predictor,
             images,
-            run.preprocess,
             batch_size=run.config.batch_size,
             workers=run.config.data.workers,
-            device=predictor.device,
             progress=bar,
         )
     metrics = measure(images.labels, probabilities, run.classes, groups=images.groups)

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from sansmax.data.images import check_pixels, read_image
 from sansmax.data.loading import Preprocess
@@ -57,10 +58,16 @@ class Predictor:
     """A network with its classes and preprocessing, ready for pictures."""
 
     def __init__(
-        self, network: nn.Module, classes: Sequence[str], preprocess: Preprocess, device: str | torch.device = "cpu"
+        self,
+        network: nn.Module,
+        classes: Sequence[str],
+        preprocess: Preprocess,
+        device: str | torch.device = "cpu",
+        tta_hflip: bool = False,
     ) -> None:
         self.network = network.to(device).eval()
         self.classes, self.preprocess, self.device = tuple(classes), preprocess, torch.device(device)
+        self.tta_hflip = tta_hflip
 
     @classmethod
     def of(cls, run_or_model: "str | Path | Run | nn.Module | Predictor", device: str = "auto") -> "Predictor":
@@ -71,7 +78,7 @@ class Predictor:
         if isinstance(run_or_model, nn.Module):
             return cls._of_network(run_or_model, where)
         run = run_or_model if isinstance(run_or_model, Run) else Run.open(run_or_model)
-        return cls(run.load_model(where), run.classes, run.preprocess, where)
+        return cls(run.load_model(where), run.classes, run.preprocess, where, run.config.tta_hflip)
 
     @classmethod
     def _of_network(cls, network: nn.Module, device: str) -> "Predictor":
@@ -96,6 +103,18 @@ class Predictor:
             raise unknown_name("class", str(name), self.classes)
         return self.classes.index(str(name))
 
+    @torch.no_grad()
+    def probabilities(self, images: Float[Tensor, "b c h w"]) -> np.ndarray:
+        """Class probabilities `(b, classes)` in float64 of preprocessed pictures.
+
+        With `tta_hflip` the mean over each picture and its mirror image.
+        """
+        images = images.to(self.device)
+        p = self.network(images).double().softmax(1)
+        if self.tta_hflip:
+            p = (p + self.network(images.flip(-1)).double().softmax(1)) / 2
+        return p.cpu().numpy()
+
     def __call__(
         self,
         picture: str | Path | np.ndarray,
@@ -109,7 +128,8 @@ class Predictor:
         """The answer for a picture given by its path or its pixels.
 
         `image_size` None: the size of training; a number of pixels; or "native": the picture at its own resolution,
-        in chunks of tokens. `scores` True explains the predicted class, a class name or number that class.
+        in chunks of tokens (never mirrored). `scores` True explains the predicted class, a class name or number that
+        class.
         """
         name = name or (str(picture) if isinstance(picture, str | Path) else "picture")
         if image_size == NATIVE:
@@ -121,8 +141,7 @@ class Predictor:
         check_pixels(pixels)
         preprocess = self._resized(image_size)
         x = preprocess(pixels)[None].to(self.device)
-        with torch.no_grad():
-            probabilities = self.network(x).double().softmax(1)[0].cpu().numpy()
+        probabilities = self.probabilities(x)[0]
         if scores is False:
             return Prediction(name, self.classes, probabilities)
         index = int(probabilities.argmax()) if scores is True else self.class_index(scores)
@@ -152,10 +171,11 @@ class Predictor:
         progress: Callable[[int, int], None] | None,
     ) -> Prediction:
         patch = patch_size(self.network)
-        if patch is None or not isinstance(self.network, VisionTransformer) or not self.network.streams:
+        obstacle = getattr(self.network, "stream_obstacle", "it is not a network of this package")
+        if patch is None or not isinstance(self.network, VisionTransformer) or obstacle is not None:
             raise InputError(
-                f"{type(self.network).__name__} cannot read a picture at its own resolution in chunks; use a network "
-                "with linear attention such as seqnorm_vit_tiny_patch16_224, or give --image-size in pixels"
+                f"{type(self.network).__name__} cannot read a picture at its own resolution: {obstacle}. Give "
+                "--image-size in pixels, or train a network such as seqnorm_vit_tiny_patch16_224"
             )
         p = self.preprocess
         source = PixelSource(pixels, patch, in_chans=p.in_chans, mean=p.mean, std=p.std)

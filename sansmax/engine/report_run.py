@@ -74,12 +74,10 @@ def measure_set(
     """Probabilities and metrics of one set, with the predictions written to the run."""
     with reporter.bar(f"evaluating {split}") as bar:
         probabilities = probabilities_of(
-            predictor.network,
+            predictor,
             images,
-            run.preprocess,
             batch_size=run.config.batch_size,
             workers=run.config.data.workers,
-            device=predictor.device,
             progress=bar,
         )
     write_predictions(run.folder / f"predictions_{split}.csv", images.names, images.labels, probabilities, run.classes)

@@ -116,10 +116,11 @@ def stream_tokens(
 
 
 def _check(model: VisionTransformer, chunk_tokens: int, store: str) -> None:
-    if not isinstance(model, VisionTransformer) or not model.streams:
+    obstacle = model.stream_obstacle if isinstance(model, VisionTransformer) else "it is not a network of this package"
+    if obstacle is not None:
         raise InputError(
-            f"{type(model).__name__} cannot run in chunks: its layers have no summary of fixed size. Use a network "
-            'with linear attention such as seqnorm_vit_tiny_patch16_224, pooled by global_pool="avg" or "token"'
+            f"{type(model).__name__} cannot run in chunks: {obstacle}. "
+            "Use a network such as seqnorm_vit_tiny_patch16_224"
         )
     if chunk_tokens < 1:
         raise InputError(f"chunk_tokens must be at least 1, got {chunk_tokens}")
@@ -159,7 +160,7 @@ class _Pass:
         self.finished: list[Any] = []
         self.blocks = cast(list[Block], list(model.blocks))
         self.layers = len(self.blocks)
-        self.like = model.patch_embed.proj.weight
+        self.like = next(model.patch_embed.parameters())
         self.tokens = _Tokens(store, folder, (rows * columns, model.embed_dim), self.like)
         self.done, self.total = 0, len(self.bands) * (self.layers + 1 + (3 * self.layers + 1) * len(classes))
         self.progress = progress

@@ -16,29 +16,46 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from timm.layers.patch_dropout import PatchDropout
+from timm.layers.patch_embed import PatchEmbed
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models import vision_transformer as timm_vit
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sansmax.models.blocks import Block
+from sansmax.models.stem import ConvStem
 from sansmax.ops.moments import Mean, Weight
 
 __all__ = ["VisionTransformer"]
 
 
+STEMS = {"patch": PatchEmbed, "conv": ConvStem}
+
+
 class VisionTransformer(timm_vit.VisionTransformer):
     """timm's `VisionTransformer` whose blocks use `attention` ("seqnorm", or "softmax" as the baseline).
 
-    All arguments of timm's class are taken by name; only `block_fn` and `attn_layer` are not, since `attention` sets
-    them. `attn_order` forces the order in which SeqNorm layers are computed. Images may have any size that is a
-    multiple of the patch.
+    All arguments of timm's class are taken by name, but for `block_fn`, `attn_layer` and `embed_layer`, which
+    `attention` and `stem` set: "patch" is timm's patch embedding, "conv" the overlapping one of `sansmax.models.stem`.
+    `attn_order` forces the order in which SeqNorm layers are computed. Images may have any size that is a multiple of
+    the patch.
+
+    Raises ValueError for an attention or a stem that does not exist.
     """
 
     def __init__(
-        self, *, attention: str = "seqnorm", attn_order: str = "auto", dynamic_img_size: bool = True, **timm_arguments
+        self,
+        *,
+        attention: str = "seqnorm",
+        attn_order: str = "auto",
+        stem: str = "patch",
+        dynamic_img_size: bool = True,
+        **timm_arguments,
     ) -> None:
+        if stem not in STEMS:
+            raise ValueError(f"stem must be one of {', '.join(STEMS)}, got {stem!r}")
         super().__init__(
+            embed_layer=STEMS[stem],
             block_fn=partial(Block, attention=attention, order=attn_order),  # pyright: ignore[reportArgumentType]
             dynamic_img_size=dynamic_img_size,
             **timm_arguments,
@@ -89,9 +106,15 @@ class VisionTransformer(timm_vit.VisionTransformer):
     # The pieces that a stream runs, in this order.
 
     @property
-    def streams(self) -> bool:
-        """Whether the network can run in chunks of tokens: linear attention, and pooling by mean or class token."""
-        return all(block.streams for block in self.blocks) and self.global_pool in ("avg", "token")
+    def stream_obstacle(self) -> str | None:
+        """Why the network cannot run in chunks of tokens; None where it can."""
+        if not all(block.streams for block in self.blocks):
+            return f"{self.attention} attention needs every pair of tokens and has no summary of fixed size"
+        if isinstance(self.patch_embed, ConvStem):
+            return 'its convolutional stem needs the pixels of neighbouring rows (stem="patch" does not)'
+        if self.global_pool not in ("avg", "token"):
+            return f'it pools by {self.global_pool!r}, which is no sum over tokens ("avg" and "token" are)'
+        return None
 
     def embed_prefix(self) -> Float[Tensor, "1 p c"] | None:
         """Class and register tokens with their positions, or None where the network has none."""
@@ -152,7 +175,7 @@ class VisionTransformer(timm_vit.VisionTransformer):
     @property
     def fc_dtype(self) -> torch.dtype:
         """The type in which the head computes."""
-        return self.patch_embed.proj.weight.dtype
+        return next(self.patch_embed.parameters()).dtype
 
 
 def interpolation_matrix(old: int, new: int) -> Float[Tensor, "new old"]:
@@ -196,6 +219,15 @@ default_cfgs = generate_default_cfgs(
         "seqnorm_vit_base_patch16_224.untrained": _cfg(),
         "seqnorm_vit_pico_patch8_128.untrained": _cfg(
             input_size=(1, 128, 128), min_input_size=(1, 8, 8), num_classes=10, crop_pct=1.0, mean=(0.5,), std=(0.5,)
+        ),
+        "seqnorm_vit_pico_conv4_28.untrained": _cfg(
+            input_size=(1, 28, 28),
+            min_input_size=(1, 4, 4),
+            num_classes=2,
+            crop_pct=1.0,
+            mean=(0.5,),
+            std=(0.5,),
+            first_conv="patch_embed.proj.0",
         ),
     }
 )
@@ -248,3 +280,11 @@ def seqnorm_vit_pico_patch8_128(pretrained: bool = False, **kwargs) -> nn.Module
     # timm does not take it from the configuration
     arguments["img_size"] = 128
     return _create("seqnorm_vit_pico_patch8_128", pretrained, **{**arguments, **kwargs})
+
+
+@register_model
+def seqnorm_vit_pico_conv4_28(pretrained: bool = False, **kwargs) -> nn.Module:
+    """For small sets of small grey images: width 64, 4 layers, 4 heads, a convolutional stem to a grid of 4 px."""
+    arguments = {"patch_size": 4, "embed_dim": 64, "depth": 4, "num_heads": 4, "mlp_ratio": 2.0, "stem": "conv"}
+    arguments["img_size"] = 28
+    return _create("seqnorm_vit_pico_conv4_28", pretrained, **{**arguments, **kwargs})
