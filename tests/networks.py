@@ -26,7 +26,7 @@ def perturbed(model, by=0.2):
 
 def images(model, b=2, grid=GRID):
     patch = model.patch_embed.patch_size[0]
-    return torch.randn(b, model.in_chans, *(n * patch for n in grid), dtype=model.patch_embed.proj.weight.dtype)
+    return torch.randn(b, model.in_chans, *(n * patch for n in grid), dtype=next(model.parameters()).dtype)
 
 
 def gradients(model, loss):

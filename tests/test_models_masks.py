@@ -127,6 +127,7 @@ def test_apply_is_the_method_of_modules():
     ("arguments", "message"),
     [
         ({"attention": "linear"}, "attention must be one of seqnorm, softmax, got 'linear'"),
+        ({"stem": "pool"}, "stem must be one of patch, conv, got 'pool'"),
         ({"attn_order": "cubic"}, "order must be one of auto, quadratic, linear, moments, got 'cubic'"),
         (
             {"attention": "softmax", "attn_order": "linear"},

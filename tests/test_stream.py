@@ -232,8 +232,9 @@ def test_memory_is_that_of_a_chunk():
 @pytest.mark.parametrize(
     ("changes", "options", "message"),
     [
-        ({"attention": "softmax"}, {}, r"VisionTransformer cannot run in chunks.*seqnorm_vit_tiny_patch16_224"),
-        ({"global_pool": "max"}, {}, r'pooled by global_pool="avg" or "token"'),
+        ({"attention": "softmax"}, {}, r"chunks: softmax attention needs every pair.*seqnorm_vit_tiny_patch16_224"),
+        ({"global_pool": "max"}, {}, r"cannot run in chunks: it pools by 'max'.*\(\"avg\" and \"token\" are\)"),
+        ({"stem": "conv"}, {}, r"cannot run in chunks: its convolutional stem needs the pixels of neighbouring rows"),
         ({}, {"chunk_tokens": 0}, "chunk_tokens must be at least 1, got 0"),
         ({}, {"store": "tape"}, "store must be one of memory, disk, recompute, got 'tape'"),
         ({}, {"scores": [7]}, "class 7 does not exist: the network has classes 0 to 6"),
@@ -248,5 +249,5 @@ def test_what_cannot_be_streamed_is_an_error(changes, options, message):
 
 
 def test_a_network_of_another_package_is_an_error():
-    with pytest.raises(InputError, match="Linear cannot run in chunks"):
+    with pytest.raises(InputError, match="Linear cannot run in chunks: it is not a network of this package"):
         stream_tokens(torch.nn.Linear(3, 3), Picture(torch.zeros(1, 1, 8, 8), 8))
