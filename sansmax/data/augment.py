@@ -1,5 +1,6 @@
 """Random changes to training images, on tensors in [0, 1] before they are normalised."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
@@ -104,7 +105,7 @@ class Augment:
             bilinear = v2.InterpolationMode.BILINEAR
             grey = 0.0 if isinstance(self.fill, str) else self.fill
             affine = v2.RandomAffine([-self.rotate, self.rotate], shift, zoom, interpolation=bilinear, fill=grey)
-            steps.append(_WithBorder(affine) if self.fill == "edge" else affine)
+            steps.append(_WithBorder(affine, self._border()) if self.fill == "edge" else affine)
         if self.auto:
             steps.append(_OnPictures(_policy(self.auto)))
         if self.brightness or self.contrast or self.color:
@@ -118,6 +119,12 @@ class Augment:
         if self.erase:
             steps.append(v2.RandomErasing(self.erase, value=0.5 if isinstance(self.fill, str) else self.fill))
         return steps
+
+    def _border(self) -> float:
+        """How far the outside can come into view, as a part of the larger side."""
+        turn = math.radians(min(self.rotate, 45.0))
+        reach = (math.cos(turn) + math.sin(turn)) / 2 + self.translate
+        return reach / self.scale[0] - 0.5
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain lists, numbers and strings."""
@@ -136,17 +143,17 @@ class Augment:
 class _WithBorder:
     """A change of place whose outside is the border of the picture gone on, not a colour.
 
-    The picture is padded by half its larger side, which covers shifts up to 0.5 and any angle.
+    `part` says by how much of its larger side the picture is padded first.
     """
 
-    def __init__(self, change: Any):
-        self.change = change
+    def __init__(self, change: Any, part: float):
+        self.change, self.part = change, part
 
     def __call__(self, image: Tensor) -> Tensor:
         from torchvision.transforms.v2 import functional as F
 
         height, width = image.shape[-2:]
-        border = -(-max(height, width) // 2)
+        border = math.ceil(max(height, width) * self.part) + 1
         wide = F.pad(image, [border], padding_mode="edge")
         # the numbers are drawn for the picture itself: a shift is a part of its own size
         return F.center_crop(self.change.transform(wide, self.change.make_params([image])), [height, width])
@@ -159,7 +166,7 @@ class _Noise:
         self.largest = largest
 
     def __call__(self, image: Tensor) -> Tensor:
-        return image + torch.randn_like(image) * (self.largest * torch.rand(()))
+        return (image + torch.randn_like(image) * (self.largest * torch.rand(()))).clamp_(0, 1)
 
 
 class _OnPictures:
