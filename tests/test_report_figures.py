@@ -106,6 +106,18 @@ def test_learning_curves_fall_back_on_what_was_recorded():
         curves.learning_figure([])
 
 
+def test_learning_curves_mark_the_epoch_that_was_kept():
+    rows = epochs(9)
+    by_loss = min(rows, key=lambda row: row["val_loss"])["epoch"]
+    for monitor, words, epoch in (
+        ("val_loss", f"Best epoch {by_loss} of 9: validation loss", by_loss),
+        ("last", "Last epoch", 9),
+    ):
+        figure = curves.learning_figure(rows, monitor=monitor)
+        assert any(words in t for t in texts(figure))
+        assert all(any(list(line.get_xdata()) == [epoch, epoch] for line in axes.lines) for axes in figure.axes)
+
+
 @pytest.mark.parametrize("seconds, words", [(3.14, "3.1 s"), (42, "42 s"), (190, "3 min 10 s"), (7500, "2 h 5 min")])
 def test_durations_are_words(seconds, words):
     assert curves.duration(seconds) == words

@@ -19,28 +19,32 @@ BLUE, ORANGE, TEAL = COLOURS[:3]
 Series = tuple[np.ndarray, str, str]
 
 
-def learning_curves(rows: Sequence[Mapping[str, Any]], path: str | Path, *, title: str = "") -> Path:
-    """Loss, accuracy with AUC, and learning rate of a run from the rows of its `metrics.csv`; best epoch marked.
+def learning_curves(
+    rows: Sequence[Mapping[str, Any]], path: str | Path, *, monitor: str = "", title: str = ""
+) -> Path:
+    """Loss, accuracy with AUC, and learning rate of a run from the rows of its `metrics.csv`; kept epoch marked.
 
-    Empty cells are gaps. The best epoch is that of the largest `val_auc`; where there is none, of the largest
-    `val_accuracy`, else of the smallest `val_loss`. A title that is not given states it.
+    Empty cells are gaps. The epoch marked is the best by `monitor`: `val_loss`, `val_auc` or `val_accuracy`, or the
+    "last" one. Without it, that of the largest `val_auc`; where there is none, of the largest `val_accuracy`, else of
+    the smallest `val_loss`. A title that is not given states it.
     """
     with look():
-        return save(learning_figure(rows, title), path)
+        return save(learning_figure(rows, title, monitor), path)
 
 
-def learning_figure(rows: Sequence[Mapping[str, Any]], title: str = "") -> Figure:
+def learning_figure(rows: Sequence[Mapping[str, Any]], title: str = "", monitor: str = "") -> Figure:
     """The figure of `learning_curves`."""
     if not rows:
         raise InputError("there are no rows to draw learning curves from; train for at least one epoch")
     x, unit = column(rows, "epoch"), "epoch"
     if np.isnan(x).all():
         x, unit = column(rows, "step"), "step"
-    best, name, value = best_row(rows)
+    best, name, value = best_row(rows, monitor)
     words = {"val_auc": "validation AUC", "val_accuracy": "validation accuracy", "val_loss": "validation loss"}
     if best is not None and not title:
         last = f" of {x[-1]:g}" if len(rows) > 1 else ""
-        title = f"Best {unit} {x[best]:g}{last}: {words[name]} {value:.3f}"
+        kept = f"Last {unit}" if monitor == "last" else f"Best {unit} {x[best]:g}{last}"
+        title = f"{kept}: {words[name]} {value:.3f}"
     speed = column(rows, "images_per_second")
     parts = [f"{np.nanmedian(speed):,.0f} images per second"] if np.isfinite(speed).any() else []
     seconds = column(rows, "seconds")
@@ -80,12 +84,13 @@ def column(rows: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
     return np.array([np.nan if cell in (None, "") else float(cell) for cell in cells])  # pyright: ignore[reportArgumentType]
 
 
-def best_row(rows: Sequence[Mapping[str, Any]]) -> tuple[int | None, str, float]:
-    """Index of the best row, the column that decided, and its value there."""
-    for name, sign in (("val_auc", 1), ("val_accuracy", 1), ("val_loss", -1)):
+def best_row(rows: Sequence[Mapping[str, Any]], monitor: str = "") -> tuple[int | None, str, float]:
+    """Index of the row whose weights are kept, the column that decided (or tells how good it is), its value there."""
+    signs = {"val_auc": 1, "val_accuracy": 1, "val_loss": -1}
+    for name in sorted(signs, key=lambda n: n != monitor):
         values = column(rows, name)
         if np.isfinite(values).any():
-            best = int(np.nanargmax(sign * values))
+            best = len(rows) - 1 if monitor == "last" else int(np.nanargmax(signs[name] * values))
             return best, name, float(values[best])
     return None, "", float("nan")
 
