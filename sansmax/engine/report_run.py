@@ -112,7 +112,7 @@ def draw(
     figures = []
     rows = read_rows(folder / METRICS)
     if rows:
-        learning_curves(rows, folder / "curves.png")
+        learning_curves(rows, folder / "curves.png", monitor=run.config.monitor)
         figures.append(("Learning curves", "curves.png"))
     roc_curves(
         {run.config.model.name: (images.labels, probabilities)}, classes, folder / "roc.png", groups=images.groups
