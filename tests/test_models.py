@@ -166,7 +166,8 @@ def test_every_parameter_learns(name):
 
 
 @every_network
-def test_evaluation_is_deterministic_and_training_is_not(name):
+@pytest.mark.parametrize("order", ["linear", "moments"])
+def test_evaluation_is_deterministic_and_training_is_not(name, order):
     dropped = {
         "drop_rate": 0.5,
         "proj_drop_rate": 0.5,
@@ -174,7 +175,7 @@ def test_evaluation_is_deterministic_and_training_is_not(name):
         "pos_drop_rate": 0.5,
         "patch_drop_rate": 0.5,
     }
-    model = small(name, pos_embed="learn", **dropped)
+    model = small(name, pos_embed="learn", attn_order=order, **dropped)
     # enough images that no two draws of a whole branch are equal
     x = images(model, b=32)
     assert torch.equal(model(x), model(x))
