@@ -103,6 +103,7 @@ def open_mosaics(source: str, classes: Sequence[str] | None = None) -> LabelledI
         colour=False,
         explicit_split=True,
         split_note=f"digits drawn apart 60% / 20% / 20%, seed {s.seed}",
+        ordered=False,
     )
 
 

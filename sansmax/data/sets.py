@@ -116,7 +116,8 @@ class LabelledImages:
     """The splits of one source; `classes[label]` is the name of a label.
 
     A split that the source does not have is None. `explicit_split`: train and test come from the source and were
-    not drawn. `bad`: images that were left out. `split_note`: how the split was made, in words.
+    not drawn. `bad`: images that were left out. `split_note`: how the split was made, in words. `ordered`: the classes
+    are grades, or are not, or (None) are if their names are whole numbers.
     """
 
     source: str
@@ -128,6 +129,7 @@ class LabelledImages:
     explicit_split: bool
     bad: tuple[BadImage, ...] = ()
     split_note: str = ""
+    ordered: bool | None = None
 
     def splits(self) -> dict[str, ImageSet]:
         """The splits that exist, by name."""

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from sansmax.engine.demo import Large, Plan
 
 SHARE = 0.25
+# cells along each side of the corner of the large picture that is drawn by itself
+DETAIL = 24
 SCORES = ("accuracy", "auc", "log_loss", "calibration_error")
 
 
@@ -93,28 +95,41 @@ def _draw_examples(folder: Path, data: LabelledImages) -> None:
 def _draw_heatmaps(folder: Path, data: LabelledImages, plan: "Plan", seed: int, predictor: Predictor) -> None:
     small = data.test
     assert isinstance(small, DigitMosaics)
+    i = 3 % len(small)
+    label = int(small.labels[i])
+    scores = predictor(small.read(i), scores=label).scores
+    assert scores is not None
+    _draw_heatmap(small.read(i), scores, small.truth(i) == label, label, folder / "heatmap.png")
     large = DigitMosaics("test", plan.large, grid=plan.large_cells, seed=seed)
-    for images, i, name, size in (
-        (small, 3, "heatmap.png", None),
-        (large, 3 % plan.large, "heatmap_large.png", NATIVE),
-    ):
-        pixels, label = images.read(i), int(images.labels[i])
-        scores = predictor(pixels, image_size=size, scores=label, chunk_tokens=16384).scores
-        assert scores is not None
-        heatmap(
-            pixels,
-            scores,
-            folder / name,
-            images.truth(i) == label,
-            title=f"{pixels.shape[0]:,} x {pixels.shape[1]:,} px: which cells speak for {label}, and which are {label}",
-            class_name=str(label),
-            truth_names={1: f"cells that are {label}"},
-        )
+    i = 3 % plan.large
+    label, pixels, truth = int(large.labels[i]), large.read(i), large.truth(i) == int(large.labels[i])
+    scores = predictor(pixels, image_size=NATIVE, scores=label, chunk_tokens=16384).scores
+    assert scores is not None
+    _draw_heatmap(pixels, scores, truth, label, folder / "heatmap_large.png")
+    cells, px = slice(0, DETAIL), slice(0, DETAIL * CELL)
+    where = f"the upper left corner of {pixels.shape[0]:,} x {pixels.shape[1]:,} px"
+    detail = (pixels[px, px], scores[cells, cells], truth[cells, cells])
+    _draw_heatmap(*detail, label, folder / "heatmap_detail.png", where)
+
+
+def _draw_heatmap(
+    pixels: np.ndarray, scores: np.ndarray, truth: np.ndarray, label: int, path: Path, where: str = ""
+) -> None:
+    heatmap(
+        pixels,
+        scores,
+        path,
+        truth,
+        title=f"Which cells speak for {label}, and which are {label}",
+        class_name=str(label),
+        note=where,
+        truth_names={1: f"cells that are {label}"},
+    )
 
 
 def _task(plan: "Plan") -> str:
     return (
-        f"Each picture is a mosaic of handwritten digits, {CELL} x {CELL} px each. One digit fills {SHARE:.0%} of "
+        f"Each picture is a mosaic of handwritten digits, {CELL} x {CELL} px each. One digit fills {100 * SHARE:.0f} % of "
         "the cells, the nine others share the rest; the label is the frequent digit. Every patch of the network is "
         f"one cell, so the truth of every token is known. {plan.train:,} mosaics of 16 x 16 cells train it, "
         f"{plan.val:,} choose the epoch, {plan.test:,} measure it once; the scans of the digits in these three are "
@@ -141,14 +156,17 @@ def _results(metrics: dict[str, Metrics], differences: dict[str, Interval]) -> s
 def _large(large: Sequence["Large"], plan: "Plan", scaling: list[dict[str, Any]]) -> str:
     right = sum(a.label == a.predicted for a in large)
     seconds = np.median([a.seconds for a in large])
-    peaks = [r["peak_mib"] for r in scaling if r["image_px"] == CELL * plan.large_cells and "chunks" in r["mechanism"]]
+    peaks = [
+        r["peak_mib"] or 1 for r in scaling if r["image_px"] == CELL * plan.large_cells and "chunks" in r["mechanism"]
+    ]
     memory = f", with {peaks[0]:.0f} MiB of memory beyond the picture and the network" if peaks else ""
     wrong = Counter(f"{a.label} taken for {a.predicted}" for a in large if a.label != a.predicted)
     errors = f" Errors: {', '.join(f'{n} x {text}' for text, n in wrong.items())}." if wrong else ""
     return (
         f"The same weights on {len(large)} mosaics of {CELL * plan.large_cells:,} x {CELL * plan.large_cells:,} px, "
         f"{plan.large_cells**2:,} tokens each, exact attention over all of them: **{right} of {len(large)} right**, "
-        f"{seconds:.1f} s each{memory}.{errors}\n\n![heat map of a large mosaic](heatmap_large.png)"
+        f"{seconds:.1f} s each{memory}.{errors}\n\n![heat map of a large mosaic](heatmap_large.png)\n\n"
+        "![its upper left corner](heatmap_detail.png)"
     )
 
 
@@ -169,7 +187,7 @@ def _costs(scaling: list[dict[str, Any]]) -> str:
             f"{r['image_px']:,} px",
             r["tokens"],
             r["reason"] or f"{r['seconds']:.3f} s",
-            "" if r["peak_mib"] is None else f"{r['peak_mib']:.0f} MiB",
+            "" if r["reason"] else "below 1 MiB" if r["peak_mib"] is None else f"{r['peak_mib']:.0f} MiB",
         ]
         for r in scaling
     ]

@@ -92,7 +92,7 @@ def evaluate(
             workers=run.config.data.workers,
             progress=bar,
         )
-    metrics = measure(images.labels, probabilities, run.classes, groups=images.groups)
+    metrics = measure(images.labels, probabilities, run.classes, groups=images.groups, ordered=opened.ordered)
     name = Path(str(data).replace(":", "-").replace("=", "").replace(",", "-")).stem or "data"
     folder = Path(output) if output is not None else run.folder / f"evaluate-{name}-{split}"
     folder.mkdir(parents=True, exist_ok=True)

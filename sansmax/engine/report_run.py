@@ -37,7 +37,7 @@ def report_run(run: Run, data: LabelledImages, reporter: Reporter) -> dict[str, 
         images = getattr(data, split)
         if images is None:
             continue
-        results[split], measured[split] = measure_set(run, predictor, images, split, reporter)
+        results[split], measured[split] = measure_set(run, predictor, images, split, reporter, data.ordered)
     write_json(run.folder / "metrics.json", {split: m.to_dict() for split, m in measured.items()})
     split = "test" if "test" in measured else "val"
     images: ImageSet = getattr(data, split)
@@ -69,7 +69,7 @@ def report_run(run: Run, data: LabelledImages, reporter: Reporter) -> dict[str, 
 
 
 def measure_set(
-    run: Run, predictor: Predictor, images: ImageSet, split: str, reporter: Reporter
+    run: Run, predictor: Predictor, images: ImageSet, split: str, reporter: Reporter, ordered: bool | None
 ) -> tuple[np.ndarray, Metrics]:
     """Probabilities and metrics of one set, with the predictions written to the run."""
     with reporter.bar(f"evaluating {split}") as bar:
@@ -81,7 +81,7 @@ def measure_set(
             progress=bar,
         )
     write_predictions(run.folder / f"predictions_{split}.csv", images.names, images.labels, probabilities, run.classes)
-    return probabilities, measure(images.labels, probabilities, run.classes, groups=images.groups)
+    return probabilities, measure(images.labels, probabilities, run.classes, groups=images.groups, ordered=ordered)
 
 
 def headline(split: str, metrics: Metrics) -> str:

@@ -5,6 +5,7 @@
 prints one JSON object per size. Sizes grow, and a mechanism stops where the next size would exceed its budget.
 """
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -40,8 +41,9 @@ def measure_scaling(
     """Rows `mechanism, tokens, image_px, seconds, peak_mib, reason` for `sansmax.report.scaling`.
 
     `seconds` is the median of up to five forward passes of one picture without gradients; `peak_mib` is the largest
-    memory of the process during them beyond what it held before (the picture's pixels and the network excluded). The
-    softmax twin has the same architecture with PyTorch's fused attention.
+    memory of the process during them beyond what it held after one pass of the smallest picture (so libraries, network
+    and that picture are excluded; the pixels of the picture are subtracted), None below 1 MiB. The softmax twin has the
+    same architecture with PyTorch's fused attention.
     """
     reporter = reporter or Reporter(quiet=True)
     rows: list[dict[str, Any]] = []
@@ -83,6 +85,8 @@ def _measure(case: dict[str, Any]) -> None:
     network: Any = timm.create_model(case["model"], **options).eval()
     patch = network.patch_embed.patch_size[0]
     last: tuple[int, float] | None = None
+    _forward(network, _picture(case["sizes"][0]), case["mechanism"])()
+    base = _peak_mib(now=True)
     for side in case["sizes"]:
         tokens = (side // patch) ** 2
         row = {"tokens": tokens, "image_px": side, "seconds": None, "peak_mib": None, "reason": None}
@@ -92,8 +96,10 @@ def _measure(case: dict[str, Any]) -> None:
             row["reason"] = f"would take about {_rounded(expected)}"
             sys.stdout.write(json.dumps(row) + "\n")
             return
-        pixels = np.random.default_rng(0).integers(0, 256, (side, side), dtype=np.uint8)
-        row["seconds"], row["peak_mib"] = _cost(_forward(network, pixels, case["mechanism"]), case["budget_seconds"])
+        pixels = _picture(side)
+        row["seconds"], peak = _cost(_forward(network, pixels, case["mechanism"]), case["budget_seconds"])
+        extra = peak - base - pixels.nbytes / 2**20
+        row["peak_mib"] = extra if extra >= 1 else None
         last = (tokens, row["seconds"])
         sys.stdout.write(json.dumps(row) + "\n")
         sys.stdout.flush()
@@ -118,33 +124,34 @@ def _forward(network: Any, pixels: np.ndarray, mechanism: str) -> Callable[[], o
     return whole
 
 
+def _picture(side: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (side, side), dtype=np.uint8)
+
+
 def _cost(forward: Callable[[], object], budget: float) -> tuple[float, float]:
-    """Median seconds, and the largest memory in MiB beyond that at the start."""
-    before = _forget_peak()
+    """Median seconds, and the largest memory of the process in MiB."""
+    _forget_peak()
     times: list[float] = []
     while len(times) < REPEATS and sum(times) < budget:
         start = time.perf_counter()
         forward()
         times.append(time.perf_counter() - start)
-    return float(np.median(times)), max(0.0, _peak_mib() - before)
+    return float(np.median(times)), _peak_mib()
 
 
-def _forget_peak() -> float:
-    """Starts the count of the peak anew where the system can, and gives the memory in use in MiB."""
-    clear = Path("/proc/self/clear_refs")
-    if clear.exists():
-        try:
-            clear.write_text("5")
-        except OSError:
-            return _peak_mib()
-    return _peak_mib()
+def _forget_peak() -> None:
+    """Starts the count of the peak anew where the system can; elsewhere it holds, since sizes grow."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
-def _peak_mib() -> float:
+def _peak_mib(now: bool = False) -> float:
+    """The largest memory of the process so far, or what it holds `now`, in MiB."""
     status = Path("/proc/self/status")
     if status.exists():
+        wanted = "VmRSS:" if now else "VmHWM:"
         for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
+            if line.startswith(wanted):
                 return int(line.split()[1]) / 1024
     import resource
 

@@ -177,12 +177,15 @@ def add_scale(axes: Axes, limit: float, scores: np.ndarray, class_name: str) -> 
     from matplotlib.colors import Normalize
 
     beyond = bool((np.abs(scores[np.isfinite(scores)]) > limit).any())
-    scale = ScalarMappable(Normalize(-limit, limit), colours())
+    # scores fall with the number of tokens: a power of ten in the label, not beside the ticks
+    power = min(0, int(np.floor(np.log10(limit)))) if limit < 1e-2 else 0
+    unit = f", in units of 1e{power}" if power else ""
+    scale = ScalarMappable(Normalize(-limit / 10.0**power, limit / 10.0**power), colours())
     bar = Colorbar(axes, scale, orientation="horizontal", extend="both" if beyond else "neither")
     axes.grid(False)
     bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
     name = textwrap.shorten(class_name, 40, placeholder="...")
-    meaning = f"change of the log-odds of '{name}' if the patch were removed, sign reversed: "
+    meaning = f"change of the log-odds of '{name}' if the patch were removed, sign reversed{unit}: "
     lines = textwrap.wrap(meaning, 50)
     bar.set_label("\n".join([*lines, "positive = speaks for it"]), fontsize=8, color=MUTED)
     axes.tick_params(labelsize=8)
