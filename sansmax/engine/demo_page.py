@@ -129,8 +129,8 @@ def _draw_heatmap(
 
 def _task(plan: "Plan") -> str:
     return (
-        f"Each picture is a mosaic of handwritten digits, {CELL} x {CELL} px each. One digit fills {100 * SHARE:.0f} % of "
-        "the cells, the nine others share the rest; the label is the frequent digit. Every patch of the network is "
+        f"Each picture is a mosaic of handwritten digits, {CELL} x {CELL} px each. One digit fills {100 * SHARE:.0f} % "
+        "of the cells, the nine others share the rest; the label is the frequent digit. Every patch of the network is "
         f"one cell, so the truth of every token is known. {plan.train:,} mosaics of 16 x 16 cells train it, "
         f"{plan.val:,} choose the epoch, {plan.test:,} measure it once; the scans of the digits in these three are "
         "different ones.\n\n"
