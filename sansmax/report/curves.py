@@ -19,9 +19,7 @@ BLUE, ORANGE, TEAL = COLOURS[:3]
 Series = tuple[np.ndarray, str, str]
 
 
-def learning_curves(
-    rows: Sequence[Mapping[str, Any]], path: str | Path, *, monitor: str = "", title: str = ""
-) -> Path:
+def learning_curves(rows: Sequence[Mapping[str, Any]], path: str | Path, *, monitor: str = "", title: str = "") -> Path:
     """Loss, accuracy with AUC, and learning rate of a run from the rows of its `metrics.csv`; kept epoch marked.
 
     Empty cells are gaps. The epoch marked is the best by `monitor`: `val_loss`, `val_auc` or `val_accuracy`, or the
