@@ -1,24 +1,21 @@
 """What happens beside the training loop: progress, the table of metrics, checkpoints, stopping in good order."""
 
-import errno
-import os
+import io
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
 from sansmax.engine.config import TrainConfig
-from sansmax.engine.module import Classifier
+from sansmax.engine.module import Classifier, not_finite
 from sansmax.engine.progress import Bar
 from sansmax.engine.run import save_weights
 from sansmax.engine.stopping import Stopped, StopSignal
-from sansmax.errors import InputError
 from sansmax.files import replacing
 from sansmax.report.scores import class_rankings, mean_defined
 from sansmax.report.tables import append_row
@@ -72,7 +69,8 @@ class Recorder(pl.Callback):
     # Hooks of the loop
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Starts the clock."""
+        """Starts the clock, and takes the signals back from Lightning, which gives up a validation at SIGTERM."""
+        self.stop.listen()
         self.started = self.saved = time.monotonic()
 
     def on_train_batch_end(
@@ -91,6 +89,9 @@ class Recorder(pl.Callback):
             self.config.epochs * self.batches,
             f"epoch {epoch + 1}/{self.config.epochs}  loss {self.loss_sum / self.loss_count:.4f}  {rate:.0f} images/s",
         )
+        if done == self.batches:
+            # taken up after its last batch, an epoch would not be validated: its end writes the checkpoint
+            return
         if self.stop.name is not None:
             self._checkpoint(trainer)
             raise self._stopped()
@@ -103,12 +104,10 @@ class Recorder(pl.Callback):
         row = self._row(trainer, pl_module)
         watched = None if self.config.monitor == "last" else row[self.config.monitor]
         if self._is_best(watched):
-            self.best = watched if watched is not None and np.isfinite(watched) else None
+            self.best = watched
             self.best_epoch = trainer.current_epoch
-            with explained_disk(self.folder):
-                save_weights(pl_module.evaluated, self.folder / "model.safetensors")
-        with explained_disk(self.folder):
-            append_row(self.folder / METRICS, row)
+            save_weights(pl_module.evaluated, self.folder / "model.safetensors")
+        append_row(self.folder / METRICS, row)
         self.loss_sum, self.loss_count = 0.0, 0
         self.next_batch = (trainer.current_epoch + 1, 0)
         self.bar.say(_line(row, self.config.epochs, self.best_epoch == trainer.current_epoch))
@@ -116,18 +115,21 @@ class Recorder(pl.Callback):
         if self.config.patience is not None and trainer.current_epoch - self.best_epoch >= self.config.patience:
             self.finished = trainer.should_stop = True
         self._checkpoint(trainer)
-        if self.stop.name is not None and not self.finished:
+        if self.stop.name is not None:
             raise self._stopped()
 
     def _is_best(self, watched: float | None) -> bool:
         if self.config.monitor == "last" or self.best is None:
             return True
-        if watched is None or not np.isfinite(watched):
+        if watched is None:
             return False
         return watched < self.best if self.config.monitor == "val_loss" else watched > self.best
 
     def _row(self, trainer: pl.Trainer, module: Classifier) -> dict[str, Any]:
-        figures = validation_figures(torch.cat(module.val_logits), torch.cat(module.val_labels))
+        logits = torch.cat(module.val_logits)
+        if not logits.isfinite().all():
+            raise not_finite("the validation", trainer.global_step, trainer.current_epoch, self.config.optim)
+        figures = validation_figures(logits, torch.cat(module.val_labels))
         here = max(time.monotonic() - self.started, 1e-9)
         return {
             "epoch": trainer.current_epoch + 1,
@@ -141,16 +143,23 @@ class Recorder(pl.Callback):
 
     def _stopped(self) -> Stopped:
         epoch, batch = self.next_batch
-        where = f"epoch {epoch + 1}, batch {batch + 1} of {self.batches}"
-        return Stopped(
-            f"stopped by {self.stop.name} before {where}; everything is saved. "
-            f"Go on with: sansmax train --resume --output {self.folder}"
-        )
+        where = "the evaluation" if self.finished else f"epoch {epoch + 1}, batch {batch + 1} of {self.batches}"
+        return Stopped(f"stopped by {self.stop.name} before {where}; everything is saved", self.folder)
 
     def _checkpoint(self, trainer: pl.Trainer) -> None:
-        with explained_disk(self.folder), replacing(self.folder / CHECKPOINT) as partial:
-            trainer.save_checkpoint(partial)
+        trainer.save_checkpoint(self.folder / CHECKPOINT)
         self.saved = time.monotonic()
+
+
+class WholeFiles(TorchCheckpointIO):
+    """Writes a checkpoint whole or not at all, beside its place and not in the folder of temporary files."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Writes the checkpoint."""
+        written = io.BytesIO()
+        torch.save(checkpoint, written)
+        with replacing(path) as partial:
+            partial.write_bytes(written.getbuffer())
 
 
 def validation_figures(logits: Tensor, labels: Tensor) -> dict[str, float | None]:
@@ -173,25 +182,3 @@ def _line(row: dict[str, Any], epochs: int, best: bool) -> str:
         f"val accuracy {100 * row['val_accuracy']:.1f} %{area}  {row['images_per_second']:.0f} images/s"
         + ("  *" if best else "")
     )
-
-
-@contextmanager
-def explained_disk(folder: Path) -> Iterator[None]:
-    """Says what a full disk means for the run: the files written before are whole."""
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        if not _disk_full(error, folder):
-            raise
-        raise InputError(
-            f"the disk is full: {folder} could not be written. What was written before is whole; free some space and "
-            f"go on with `sansmax train --resume --output {folder}`"
-        ) from error
-
-
-def _disk_full(error: BaseException, folder: Path) -> bool:
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return True
-    # torch and safetensors report a failed write in their own words
-    free = os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize if hasattr(os, "statvfs") else 1 << 40
-    return free < 1 << 16

@@ -26,6 +26,15 @@ class NotFinite(InputError):
     """The loss is NaN or infinite."""
 
 
+def not_finite(what: str, step: int, epoch: int, optim: OptimConfig) -> NotFinite:
+    """Training cannot go on: where it broke off, what is left, and what to change."""
+    return NotFinite(
+        f"{what} gave numbers that are not finite at step {step} (epoch {epoch + 1}); the weights and the checkpoint "
+        "written before are kept. Start a new run with a lower learning rate, for example "
+        f"--set optim.lr={optim.lr / 3:.2g}, or a smaller largest norm of the gradient, --set optim.clip_grad=0.5"
+    )
+
+
 class Classifier(pl.LightningModule):
     """A timm network with its loss.
 
@@ -81,11 +90,7 @@ class Classifier(pl.LightningModule):
         loss = self._loss(images, labels)
         self.last_loss = float(loss.detach())
         if not np.isfinite(self.last_loss):
-            raise NotFinite(
-                f"the loss became {self.last_loss} at step {self.global_step + 1} (epoch {self.current_epoch + 1}); "
-                f"lower the learning rate (--set optim.lr={self.optim.lr / 3:.2g}), or the gradient's largest norm "
-                "(--set optim.clip_grad=0.5)"
-            )
+            raise not_finite("the loss", self.global_step + 1, self.current_epoch, self.optim)
         return loss
 
     def _loss(self, images: Tensor, labels: Tensor) -> Tensor:

@@ -10,27 +10,39 @@ last.ckpt          everything needed to go on
 metrics.json, predictions_*.csv, summary.md, *.png    written at the end
 """
 
+import errno
 import json
 import os
 import platform
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 
 from sansmax.data.loading import Preprocess
+from sansmax.data.sets import listed
 from sansmax.engine.build import build_model
 from sansmax.engine.config import TrainConfig, dump_config, load_config
+from sansmax.engine.stopping import resume_command
 from sansmax.errors import InputError
 from sansmax.files import replacing, write_text
 
 MARKS = ("config.yaml", "run.json")
+FILES = (
+    *MARKS,
+    *("splits.csv", "bad_images.csv", "data.txt", "metrics.csv", "model.safetensors", "last.ckpt"),
+    *("metrics.json", "predictions_*.csv", "predictions_*.json", "summary.md", "*.png", "demo.json"),
+    # what is left of a file whose writing was cut off
+    ".*.????????.*",
+)
 
 
 @dataclass(frozen=True)
@@ -69,7 +81,7 @@ class Run:
         if not path.exists():
             raise InputError(
                 f"{self.folder} has no weights yet: training stopped before the end of its first epoch. "
-                f"Go on with `sansmax train --resume --output {self.folder}`"
+                f"Go on with: {resume_command(self.folder)}"
             )
         options = self.config.model.model_copy(update={"pretrained": False})
         network = build_model(options, self.config.data, len(self.classes), self.preprocess.in_chans)
@@ -100,8 +112,34 @@ def load_weights(network: nn.Module, path: Path) -> None:
 def save_weights(network: nn.Module, path: Path) -> None:
     """Writes the weights as one whole safetensors file."""
     weights = {k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}
+    # its own writer makes files that nobody else may read, and hides why a disk refused them
+    data = save(weights, metadata={"format": "pt"})
     with replacing(path) as partial:
-        save_file(weights, partial, metadata={"format": "pt"})
+        partial.write_bytes(data)
+
+
+def check_folder(folder: Path, *, overwrite: bool, resume: bool) -> None:
+    """Raises InputError unless a run may be started, replaced or taken up in the folder; changes nothing."""
+    if overwrite and resume:
+        raise InputError("--overwrite starts anew and --resume goes on; give one of them")
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--output {folder} is a file; give a folder")
+    if resume:
+        if not is_run(folder):
+            raise InputError(f"{folder} holds no run to resume; leave out --resume to start one")
+    elif folder.is_dir() and any(folder.iterdir()):
+        if not is_run(folder):
+            raise InputError(f"{folder} is not empty and holds no run; give an empty or new folder to --output")
+        if not overwrite:
+            raise InputError(
+                f"{folder} holds another run; go on with it by --resume, replace it by --overwrite, "
+                "or give another --output"
+            )
+        if foreign := sorted(p.name for p in folder.iterdir() if not _of_a_run(p)):
+            raise InputError(
+                f"{folder} holds files that are not of a run: {listed(foreign)}; move them away, or give another "
+                "--output. Nothing was deleted"
+            )
 
 
 def prepare_folder(folder: Path, *, overwrite: bool, resume: bool) -> None:
@@ -110,27 +148,37 @@ def prepare_folder(folder: Path, *, overwrite: bool, resume: bool) -> None:
     Nothing is deleted but a run, and only with `overwrite`. Raises InputError for a folder that holds anything else,
     and for a run without `overwrite` or `resume`.
     """
-    if overwrite and resume:
-        raise InputError("--overwrite starts anew and --resume goes on; give one of them")
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"--output {folder} is a file; give a folder")
+    check_folder(folder, overwrite=overwrite, resume=resume)
     if resume:
-        if not is_run(folder):
-            raise InputError(f"{folder} holds no run to resume; leave out --resume to start one")
         return
-    if folder.is_dir() and any(folder.iterdir()):
-        if not is_run(folder):
-            raise InputError(f"{folder} is not empty and holds no run; give an empty or new folder to --output")
-        if not overwrite:
-            raise InputError(
-                f"{folder} holds another run; go on with it by --resume, replace it by --overwrite, "
-                "or give another --output"
-            )
-        shutil.rmtree(folder)
     try:
+        if folder.is_dir() and any(folder.iterdir()):
+            shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"the folder {folder} cannot be made: {error.strerror}") from None
+
+
+def _of_a_run(path: Path) -> bool:
+    """Whether a run, a demo or an interrupted write of theirs leaves a file or folder of this name."""
+    if path.is_dir():
+        return is_run(path) or path.name == "heatmaps" or path.name.startswith("evaluate-")
+    return any(path.match(pattern) for pattern in FILES)
+
+
+@contextmanager
+def explained_disk(folder: Path) -> Iterator[None]:
+    """Says what a full disk means for the run: the files written before are whole."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        go_on = f"go on with: {resume_command(folder)}" if is_run(folder) else "start again"
+        raise InputError(
+            f"the disk is full: {folder} could not be written ({error.strerror}). What was written before is whole; "
+            f"free some space and {go_on}"
+        ) from error
 
 
 def write_start(

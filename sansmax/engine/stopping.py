@@ -1,14 +1,30 @@
 """Stopping in good order: the first Ctrl-C is a request, the second one ends the program."""
 
+import os
+import shlex
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stopped(Exception):
-    """The user or the system asked the run to stop, and it did, with everything on disk."""
+    """The user or the system asked the run in `folder` to stop, and it did.
+
+    `what` says by whom and where, and what is kept; `verb` is that of the command line which goes on.
+    """
+
+    def __init__(self, what: str, folder: Path, verb: str = "train") -> None:
+        super().__init__(f"{what}. Go on with: {resume_command(folder, verb)}")
+        self.what = what
+
+
+class StopNow(BaseException):
+    """The second request; no KeyboardInterrupt, for which Lightning ends the program itself."""
 
 
 class StopSignal:
@@ -16,22 +32,39 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.name: str | None = None
+        self.process = os.getpid()
 
     def _request(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self.process:
+            # processes that load images get the signals of their group; they end when training ends them
+            return
         if self.name is not None:
-            raise KeyboardInterrupt
+            raise StopNow
         self.name = signal.Signals(number).name
 
     @contextmanager
     def listening(self) -> Iterator["StopSignal"]:
-        """Listens while the block runs; only the main thread gets signals."""
-        if threading.current_thread() is not threading.main_thread():
-            yield self
-            return
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        before = [signal.signal(number, self._request) for number in numbers]
+        """Listens while the block runs."""
+        before = [signal.getsignal(number) for number in SIGNALS]
+        self.listen()
         try:
             yield self
         finally:
-            for number, handler in zip(numbers, before, strict=True):
-                signal.signal(number, handler)
+            if _in_main_thread():
+                for number, handler in zip(SIGNALS, before, strict=True):
+                    signal.signal(number, handler)
+
+    def listen(self) -> None:
+        """Takes the signals; does nothing in a thread, which gets none."""
+        if _in_main_thread():
+            for number in SIGNALS:
+                signal.signal(number, self._request)
+
+
+def resume_command(folder: Path, verb: str = "train") -> str:
+    """What to type to go on with a run."""
+    return f"sansmax {verb} --resume --output {shlex.quote(str(folder))}"
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()

@@ -1,7 +1,7 @@
 """Training: from a configuration to a run folder with weights, metrics and a report."""
 
-import csv
 import logging
+import shutil
 import tempfile
 import warnings
 from pathlib import Path
@@ -17,10 +17,11 @@ from sansmax.data.sets import LabelledImages
 from sansmax.engine.build import build_model, build_preprocess, num_parameters
 from sansmax.engine.config import DataConfig, TrainConfig, differences
 from sansmax.engine.progress import Reporter
-from sansmax.engine.run import Run, prepare_folder, write_json, write_start
-from sansmax.engine.stopping import StopSignal
+from sansmax.engine.run import Run, check_folder, explained_disk, prepare_folder, write_json, write_start
+from sansmax.engine.stopping import StopNow, Stopped, StopSignal
 from sansmax.errors import InputError
 from sansmax.files import write_text
+from sansmax.report.tables import as_csv, truncate_rows
 
 
 def train(
@@ -40,28 +41,53 @@ def train(
     Raises InputError for wrong input, and `Stopped` when asked to stop by Ctrl-C or SIGTERM (everything is saved).
     """
     output, reporter = Path(output), reporter or Reporter(quiet=True)
-    prepare_folder(output, overwrite=overwrite, resume=resume)
+    check_folder(output, overwrite=overwrite, resume=resume)
     if resume:
         config = _same_config(output, config)
+        if (run := Run.open(output)).info["state"] == "finished":
+            reporter.say(f"{output} is finished, there is nothing to go on with")
+            return run
     elif config is None:
         raise InputError("a new run needs a configuration; give DATA, or --resume to go on with a run")
-    torch.manual_seed(config.seed)
+    check_buildable(config)
     data = open_training_data(config.data, config.seed, reporter)
     assert data.train is not None and data.val is not None
-    classes = data.classes
     in_chans = config.data.in_chans or (3 if data.colour else 1)
-    network = build_model(config.model, config.data, len(classes), in_chans)
+    torch.manual_seed(config.seed)
+    network = build_model(config.model, config.data, len(data.classes), in_chans)
     preprocess = build_preprocess(network, config.data, in_chans)
-    if resume:
-        _same_splits(output, data)
-    else:
-        _write_new(output, config, data, preprocess, command)
-    parameters = num_parameters(network)
-    reporter.say(
-        f"{config.model.name}: {parameters:,} parameters; {len(data.train):,} training images; run in {output}"
-    )
-    _fit(config, output, network, data, preprocess, resume, reporter)
-    return finish_run(output, data, reporter)
+    with explained_disk(output):
+        if resume:
+            _same_splits(output, data)
+        else:
+            prepare_folder(output, overwrite=overwrite, resume=False)
+            _write_new(output, config, data, preprocess, command)
+        parameters = num_parameters(network)
+        reporter.say(
+            f"{config.model.name}: {parameters:,} parameters; {len(data.train):,} training images; run in {output}"
+        )
+        try:
+            _fit(config, output, network, data, preprocess, resume, reporter)
+            return finish_run(output, data, reporter)
+        except (KeyboardInterrupt, StopNow):
+            raise Stopped("stopped at once; what was written before is kept", output) from None
+
+
+def check_buildable(config: TrainConfig) -> None:
+    """Raises InputError for whatever is wrong with network, optimiser and device, before an image is read."""
+    if (
+        config.device not in ("auto", "cpu")
+        and not {"cuda": torch.cuda, "mps": torch.backends.mps}[config.device].is_available()
+    ):
+        raise InputError(f"device is {config.device} and there is none here; leave it at auto, or give device=cpu")
+    in_chans = config.data.in_chans or 3
+    network = build_model(config.model.model_copy(update={"pretrained": False}), config.data, 2, in_chans)
+    build_preprocess(network, config.data, in_chans)
+    augmentation(config)
+    from sansmax.engine.module import Classifier
+
+    weights = torch.ones(2) if config.optim.class_weights else None
+    Classifier(network, config.optim, 2, config.epochs, 1, config.seed, weights).configure_optimizers()
 
 
 def open_training_data(data: DataConfig, seed: int, reporter: Reporter) -> LabelledImages:
@@ -109,23 +135,30 @@ def _same_splits(output: Path, data: LabelledImages) -> None:
 
 
 def _write_new(output: Path, config: TrainConfig, data: LabelledImages, preprocess: Preprocess, command: str) -> None:
-    data.write_splits(output / "splits.csv")
-    if data.bad:
-        with (output / "bad_images.csv").open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(["name", "reason"])
-            writer.writerows(data.bad)
-    write_text(output / "data.txt", data.describe() + "\n")
-    write_start(output, config, data.classes, preprocess, command)
+    try:
+        data.write_splits(output / "splits.csv")
+        if data.bad:
+            write_text(output / "bad_images.csv", as_csv([["name", "reason"], *map(list, data.bad)]))
+        write_text(output / "data.txt", data.describe() + "\n")
+        write_start(output, config, data.classes, preprocess, command)
+    except OSError:
+        # half a start would be neither a run nor an empty folder
+        shutil.rmtree(output)
+        raise
 
 
 def loaders(config: TrainConfig, data: LabelledImages, preprocess: Preprocess) -> tuple[ImageLoader, ImageLoader]:
     """The loaders of training and validation images."""
     assert data.train is not None and data.val is not None
-    augment = Augment(**config.augment.model_dump())
+    augment = augmentation(config)
     common: dict[str, Any] = {"batch_size": config.batch_size, "workers": config.data.workers}
     first = make_loader(data.train, preprocess, augment, seed=config.seed, shuffle=True, **common)
     return first, make_loader(data.val, preprocess, **common)
+
+
+def augmentation(config: TrainConfig) -> Augment:
+    """The random changes of training images."""
+    return Augment(**config.augment.model_dump())
 
 
 def class_weights(labels: np.ndarray, num_classes: int) -> Tensor:
@@ -145,7 +178,6 @@ def _fit(
 ) -> None:
     from sansmax.engine.callbacks import CHECKPOINT, METRICS, Recorder
     from sansmax.engine.module import Classifier
-    from sansmax.report.tables import truncate_rows
 
     assert data.train is not None
     train_loader, val_loader = loaders(config, data, preprocess)
@@ -163,10 +195,24 @@ def _fit(
         reporter.say(f"going on at epoch {epoch + 1}, batch {batch + 1} of {steps}")
         truncate_rows(output / METRICS, step=epoch * steps)
         ckpt_path = str(checkpoint)
+    elif resume:
+        reporter.say("the run was stopped before its first checkpoint: starting from the beginning")
+        truncate_rows(output / METRICS, step=0)
     stop = StopSignal()
     with stop.listening(), reporter.bar("training") as bar:
         recorder = Recorder(output, config, stop, bar, steps)
-        _run_lightning(config, module, recorder, train_loader, val_loader, ckpt_path)
+        try:
+            _run_lightning(config, module, recorder, train_loader, val_loader, ckpt_path)
+        finally:
+            for loader in (train_loader, val_loader):
+                _end_workers(loader)
+
+
+def _end_workers(loader: ImageLoader) -> None:
+    """Ends the processes of a loader; at the end of the program they would be waited for in vain."""
+    iterator: Any = getattr(loader, "_iterator", None)
+    if iterator is not None:
+        iterator._shutdown_workers()
 
 
 def _recorder_state(checkpoint: Path) -> dict[str, Any]:
@@ -183,6 +229,8 @@ def _run_lightning(
     config: TrainConfig, module: Any, recorder: Any, train_loader: Any, val_loader: Any, ckpt_path: str | None
 ) -> None:
     import lightning.pytorch as pl
+
+    from sansmax.engine.callbacks import WholeFiles
 
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     with warnings.catch_warnings():
@@ -201,6 +249,7 @@ def _run_lightning(
             enable_model_summary=False,
             num_sanity_val_steps=0,
             use_distributed_sampler=False,
+            plugins=[WholeFiles()],
         )
         trainer.fit(module, train_loader, val_loader, ckpt_path=ckpt_path)
 
