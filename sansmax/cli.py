@@ -8,12 +8,15 @@ import json
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
 from sansmax.errors import InputError
+
+if TYPE_CHECKING:
+    from sansmax.engine.doctor import Finding
 
 app = typer.Typer(
     name="sansmax",
@@ -202,20 +205,31 @@ def models(
 @app.command()
 def doctor() -> None:
     """Check this installation and machine: PASS, WARN or FAIL, each with the mend."""
-    from rich.table import Table
-
     from sansmax.engine.doctor import examine
 
     findings = examine()
+    console = Console()
+    if not console.is_terminal:
+        # a line each, for logs and reports of faults
+        lines = ["  ".join(filter(None, (f.state, f"{f.what}:", f.detail, f.fix and f"[{f.fix}]"))) for f in findings]
+        _say("\n".join(lines), False)
+    else:
+        _draw_findings(console, findings)
+    if any(f.state == "FAIL" for f in findings):
+        raise typer.Exit(1)
+
+
+def _draw_findings(console: Console, findings: "list[Finding]") -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
     table = Table(box=None, pad_edge=False)
     for column in ("", "what", "found", "mend"):
         table.add_column(column)
     colours = {"PASS": "green", "WARN": "yellow", "FAIL": "red"}
     for f in findings:
-        table.add_row(f"[{colours[f.state]}]{f.state}[/]", f.what, f.detail, f.fix.replace("[", "\\["))
-    Console().print(table)
-    if any(f.state == "FAIL" for f in findings):
-        raise typer.Exit(1)
+        table.add_row(f"[{colours[f.state]}]{f.state}[/]", escape(f.what), escape(f.detail), escape(f.fix))
+    console.print(table)
 
 
 @app.command()
@@ -225,14 +239,21 @@ def demo(
     quick: Annotated[
         bool, typer.Option("--quick", help="Every step in short: done soon, too short to be good.")
     ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the demo in --output.")] = False,
     overwrite: OverwriteOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """The main job on digit mosaics: train, evaluate, a 4096 px picture, heat maps, what softmax costs."""
     from sansmax.engine.demo import run_demo
     from sansmax.engine.progress import Reporter
+    from sansmax.engine.stopping import Stopped
 
-    folder = run_demo(output, seed=seed, quick=quick, overwrite=overwrite, reporter=Reporter(quiet=quiet))
+    how = {"seed": seed, "quick": quick, "overwrite": overwrite, "resume": resume}
+    try:
+        folder = run_demo(output, **how, reporter=Reporter(quiet=quiet))
+    except Stopped as stopped:
+        flags = " --quick" if quick else ""
+        raise Stopped(stopped.what, output, f"demo --seed {seed}{flags}") from None
     _say(f"run: {folder}\nread: {folder / 'summary.md'}", quiet)
 
 
