@@ -1,5 +1,6 @@
 """Heat maps of pictures as files: the scores of all tokens as a picture, an overlay and an array."""
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from sansmax.engine.predict import NATIVE, Prediction, Predictor, shown_picture
 from sansmax.engine.predict_many import pictures_in
 from sansmax.engine.progress import Reporter
 from sansmax.engine.run import Run
+from sansmax.errors import InputError
 from sansmax.files import replacing
 from sansmax.report.heatmap import heatmap, heatmap_overlay
 
@@ -37,13 +39,24 @@ def heatmaps(
     explained = True if class_name is None else predictor.class_index(class_name)
     folder = Path(output) if output is not None else run.folder / "heatmaps"
     pictures = list(pictures_in(paths))
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--output {folder} is a file; give a folder")
     folder.mkdir(parents=True, exist_ok=True)
-    for picture in pictures:
+    for picture, stem in zip(pictures, stems(pictures), strict=True):
         pixels = open_pixels(picture)
         with reporter.bar(f"explaining {picture.name}") as bar:
             result = predictor(pixels, image_size=image_size, scores=explained, progress=bar, name=picture.name)
         shown = pixels if image_size == NATIVE else shown_picture(pixels, predictor.preprocess)
-        yield from _write(result, shown, folder / picture.stem)
+        yield from _write(result, shown, folder / stem)
+
+
+def stems(pictures: Sequence[Path]) -> list[str]:
+    """What the files of each picture are called: its stem, with the folders and the suffix where stems repeat."""
+    names = [p.stem for p in pictures]
+    if len(set(names)) == len(names):
+        return names
+    above = os.path.commonpath([p.resolve().parent for p in pictures])
+    return ["-".join(p.resolve().relative_to(above).parts).replace(".", "-") for p in pictures]
 
 
 def _write(result: Prediction, shown: np.ndarray, stem: Path) -> Iterator[Path]:

@@ -71,7 +71,9 @@ def predict_many(
                 bad.append((str(picture), str(error)))
                 bar.say(f"left out: {error}")
             bar.update(i + 1, len(pictures))
-    if output is not None and items:
+    if not items:
+        raise InputError(f"none of the {len(pictures)} pictures can be read; the first: {bad[0][1]}")
+    if output is not None:
         probabilities = np.stack([p.probabilities for p in items])
         write_predictions(output, [p.name for p in items], None, probabilities, predictor.classes)
     return Predictions(predictor.classes, items, bad)

@@ -7,6 +7,7 @@ prints one JSON object per size. Sizes grow, and a mechanism stops where the nex
 
 import contextlib
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -66,10 +67,16 @@ def measure_scaling(
 def _in_child(case: dict[str, Any]) -> list[dict[str, Any]]:
     command = [sys.executable, "-m", "sansmax.engine.scaling", json.dumps(case)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        # a process that the system ended for want of memory is a result, too
-        sys.stderr.write(done.stderr[-2000:])
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    if done.returncode == 0:
+        return rows
+    if done.returncode > 0 or not rows:
+        raise RuntimeError(f"measuring {case['mechanism']} failed:\n{done.stderr[-2000:]}")
+    # that the system ended the process, mostly for want of memory, is a result, too
+    side = case["sizes"][len(rows)]
+    tokens = round(rows[-1]["tokens"] * (side / rows[-1]["image_px"]) ** 2)
+    why = f"ended by the system ({signal.Signals(-done.returncode).name}), probably for want of memory"
+    return [*rows, {"tokens": tokens, "image_px": side, "seconds": None, "peak_mib": None, "reason": why}]
 
 
 def _measure(case: dict[str, Any]) -> None:
