@@ -224,9 +224,9 @@ def test_memory_is_that_of_a_chunk():
     assert run.returncode == 0, run.stderr
     recompute, memory, whole = map(float, run.stdout.split())
     print(f"MiB beyond the start: {recompute:.0f} recompute, {memory:.0f} memory, {whole:.0f} whole")
-    # 65,536 tokens of 64 channels are 16 MiB, once; the forward pass holds some ten times that
+    # 65,536 tokens of 64 channels are 16 MiB; the forward pass holds some ten times that, the store one layer's
     assert recompute < whole / 6
-    assert memory < whole / 2
+    assert memory < recompute + 2 * 16
 
 
 @pytest.mark.parametrize(
