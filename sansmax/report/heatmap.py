@@ -175,6 +175,7 @@ def add_scale(axes: Axes, limit: float, scores: np.ndarray, class_name: str) -> 
     from matplotlib.cm import ScalarMappable
     from matplotlib.colorbar import Colorbar
     from matplotlib.colors import Normalize
+    from matplotlib.ticker import MaxNLocator
 
     beyond = bool((np.abs(scores[np.isfinite(scores)]) > limit).any())
     # scores fall with the number of tokens: a power of ten in the label, not beside the ticks
@@ -182,6 +183,7 @@ def add_scale(axes: Axes, limit: float, scores: np.ndarray, class_name: str) -> 
     unit = f", in units of 1e{power}" if power else ""
     scale = ScalarMappable(Normalize(-limit / 10.0**power, limit / 10.0**power), colours())
     bar = Colorbar(axes, scale, orientation="horizontal", extend="both" if beyond else "neither")
+    bar.locator = MaxNLocator(5)
     axes.grid(False)
     bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
     name = textwrap.shorten(class_name, 40, placeholder="...")
