@@ -7,6 +7,7 @@ Wrong input ends with one message and status 2, a run that was stopped with stat
 import json
 import shlex
 import sys
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -211,7 +212,7 @@ def doctor() -> None:
     console = Console()
     if not console.is_terminal:
         # a line each, for logs and reports of faults
-        lines = ["  ".join(filter(None, (f.state, f"{f.what}:", f.detail, f.fix and f"[{f.fix}]"))) for f in findings]
+        lines = [f"{f.state}  {f.what}: {f.detail}" + (f"; mend: {f.fix}" if f.fix else "") for f in findings]
         _say("\n".join(lines), False)
     else:
         _draw_findings(console, findings)
@@ -297,13 +298,13 @@ def main() -> None:
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
     console = Console(stderr=True, highlight=False)
     try:
-        app(arguments)
+        app(arguments, prog_name="sansmax")
     except Stopped as stopped:
         console.print(str(stopped), markup=False, soft_wrap=True)
         sys.exit(130)
     except Exception as error:
         if debug:
-            raise
+            traceback.print_exc()
         if isinstance(error, InputError):
             console.print(f"error: {error}", markup=False, soft_wrap=True, style="red")
             sys.exit(2)
