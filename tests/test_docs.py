@@ -305,3 +305,28 @@ def test_no_file_names_a_place_of_ours():
 @pytest.mark.parametrize("text", ["see /ho" + "me/me/x", '"/wo' + 'rk/main"', "https://py" + "pi.org/simple"])
 def test_a_place_of_ours_would_be_noticed(text):
     assert PLACES.search(text) or HOSTS.search(text)
+
+
+# Messages
+
+
+def messages():
+    """Every text of the package, with blanks for what is filled in."""
+    texts = []
+    for path in (ROOT / "sansmax").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                texts.append("".join(str(v.value) if isinstance(v, ast.Constant) else "\0" for v in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                texts.append(node.value)
+    return "\n".join(texts)
+
+
+def test_the_messages_of_the_guide_are_those_of_the_code():
+    known = messages()
+    page = (DOCS / "guide" / "troubleshooting.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (.+?) \|", page, flags=re.MULTILINE)
+    shown = [part for row in rows if row not in ("---", "the message says") for part in re.split(r"'?\.\.\.'?|, ", row)]
+    pieces = [part.strip(" :()'") for part in shown]
+    assert len(pieces) > 40
+    assert [piece for piece in pieces if piece and piece not in known] == []
