@@ -17,14 +17,14 @@ picture = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/example_heatmap.png")
 config = sansmax.load_config(
     None,
     {
-        "data.source": "mosaics:grid=8,share=0.5,train=1000,val=50,test=50",
+        "data.source": "mosaics:grid=8,share=0.5,train=500,val=50,test=50",
         "data.image_size": 64,
         "data.in_chans": 1,
         "model.name": "seqnorm_vit_pico_patch8_128",
         # a mirrored digit is another digit
         "augment.hflip": 0.0,
         "optim.lr": 3e-3,
-        "epochs": 6,
+        "epochs": 5,
         "batch_size": 16,
         "device": "cpu",
     },
