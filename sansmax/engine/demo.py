@@ -113,7 +113,7 @@ def run_demo(
     config = demo_config(plan, seed)
     size = 128 // REDUCTION
     stages = {
-        "softmax_twin": changed(config, model__options={"attention": "softmax"}),
+        "softmax_twin": changed(config, model__options={**config.model.options, "attention": "softmax"}),
         "reduced": changed(config, data__image_size=size),
     }
     reporter.say("1/6  training on digit mosaics of 128 x 128 px", style="bold")
