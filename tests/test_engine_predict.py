@@ -195,7 +195,7 @@ def test_the_package_predicts_trains_and_streams(run, tmp_path):
     pixels = picture(0, 4, size=(32, 40))
     with torch.no_grad():
         expected = network.eval()((torch.from_numpy(pixels)[None, None] / 255 - 0.5) / 0.5)
-    torch.testing.assert_close(package.stream(network, pixels, mean=(0.5,), std=(0.5,)).logits, expected)
+    torch.testing.assert_close(package.stream(network, pixels).logits, expected)
     assert {"predict", "stream", "train", "evaluate", "Run"} <= set(dir(package))
     with pytest.raises(AttributeError, match="no attribute 'predikt'"):
         _ = package.predikt
