@@ -41,7 +41,13 @@ def shown(row: dict[str, Any]) -> list[Any]:
     """A row as cells of the page."""
     if row["seconds"] is None:
         return [row["mechanism"], f"{row['image_px']} px", row["tokens"], row["reason"], ""]
-    return [row["mechanism"], f"{row['image_px']} px", row["tokens"], row["seconds"], round(row["peak_mib"])]
+    return [
+        row["mechanism"],
+        f"{row['image_px']} px",
+        row["tokens"],
+        row["seconds"],
+        "below 1" if row["peak_mib"] is None else round(row["peak_mib"]),
+    ]
 
 
 def main() -> None:
