@@ -31,7 +31,7 @@ app = typer.Typer(
 
 DATA_HELP = (
     "A folder with one sub-folder per class (optionally under train/, val/, test/), a .csv table, a MedMNIST-style "
-    ".npz, medmnist:NAME, torchvision:NAME, torch/NAME, hfds/NAME, or mosaics:"
+    ".npz, medmnist:NAME or medmnist:NAME:SIZE, torchvision:NAME, torch/NAME, hfds/NAME, tfds/NAME, or mosaics:"
 )
 SetOption = Annotated[
     list[str] | None,

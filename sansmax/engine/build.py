@@ -21,8 +21,6 @@ def build_model(model: ModelConfig, data: DataConfig, num_classes: int, in_chans
     local = name.startswith(("hf-hub:", "hf_hub:", "local-dir:"))
     if not local and not timm.is_model(name.split(".")[0]):
         raise unknown_name("model", name, timm.list_models(), hint="(`sansmax models` lists all)")
-    if in_chans == 2:
-        raise InputError("in_chans must be 1 (grey), 3 (colour) or 4, got 2")
     arguments: dict[str, Any] = {"num_classes": num_classes, "in_chans": in_chans, **model.options}
     size = data.height_width
     try:

@@ -34,7 +34,7 @@ class DataConfig(_Section):
     image_size: int | tuple[int, int] = 224
     """Pixels, or (height, width)."""
     resize_mode: Literal["squash", "crop", "pad"] = "squash"
-    in_chans: int | None = Field(default=None, ge=1, le=4)
+    in_chans: Literal[1, 3] | None = None
     """Channels of the network; none: 1 if every image is grey, else 3."""
     mean: tuple[float, ...] | None = None
     """Per channel, of values in [0, 1]; none: that of the model."""
@@ -81,9 +81,11 @@ class AugmentConfig(_Section):
     """Random resized crop: smallest and largest share of the area."""
     crop_ratio: tuple[float, float] = (0.75, 1.3333333333333333)
     brightness: float = Field(default=0.0, ge=0.0)
+    """Largest relative change of brightness."""
     contrast: float = Field(default=0.0, ge=0.0)
+    """Largest relative change of contrast."""
     color: float = Field(default=0.0, ge=0.0)
-    """Largest relative change of brightness, contrast and saturation."""
+    """Largest relative change of saturation."""
     blur: float = Field(default=0.0, ge=0.0)
     """Largest standard deviation of a Gaussian blur in pixels."""
     noise: float = Field(default=0.0, ge=0.0)

@@ -82,7 +82,7 @@ def _in_child(case: dict[str, Any]) -> list[dict[str, Any]]:
 def _measure(case: dict[str, Any]) -> None:
     import timm
 
-    import sansmax  # noqa: F401 - registers the models
+    from sansmax import models  # noqa: F401 - registers them
 
     if case["threads"]:
         torch.set_num_threads(case["threads"])
