@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -107,7 +108,7 @@ def test_ctrl_c_outside_of_training_says_how_to_go_on(tmp_path, monkeypatch):
     assert (tmp_path / "a run" / "model.safetensors").read_bytes() == weights
 
 
-LONG = {"data.source": "mosaics:grid=4,share=0.4,train=320,val=20,test=20", "epochs": 4, "data.workers": 2}
+LONG = {"data.source": "mosaics:grid=4,share=0.4,train=320,val=20,test=20", "data.workers": 2}
 
 
 def wait_for(process, run, rows):
@@ -127,39 +128,57 @@ def wait_for(process, run, rows):
     time.sleep(0.1)
 
 
-def test_ctrl_c_sigterm_and_kill_in_turn_end_as_if_nothing_had_been(tmp_path):
-    keys = {**KEYS, **RANDOM, **LONG, "checkpoint_minutes": 0.005, "augment.auto": None}
-    words = [w.replace("=None", "=null") for w in options(keys)]
-    run = tmp_path / "run"
-    for number, name, rows in ((signal.SIGINT, "SIGINT", 1), (signal.SIGTERM, "SIGTERM", 2), (signal.SIGKILL, None, 3)):
-        command = start("train", "--output", run, *(words if rows == 1 else ["--resume"]))
-        try:
-            wait_for(command, run, rows)
-            checkpoint = (run / "last.ckpt").stat().st_mtime_ns
-            command.send_signal(number)
-            out, err = command.communicate(timeout=60)
-        finally:
-            command.kill()
-            command.communicate()
-        assert "Traceback" not in err and "Warning" not in err and "\x1b" not in err
-        assert out == ""
-        if name is None:
-            assert command.returncode == -signal.SIGKILL
-            continue
-        assert command.returncode == 130
-        assert (run / "last.ckpt").stat().st_mtime_ns > checkpoint
-        place = re.search(rf"stopped by {name} before epoch {rows + 1}, batch (\d+) of 20; everything is saved", err)
-        assert place, err
+def ended_by(number, command, run):
+    """Waits until a process is in its second epoch, sends it a signal, and gives what it wrote to the terminal."""
+    try:
+        wait_for(command, run, 1)
+        checkpoint = (run / "last.ckpt").stat().st_mtime_ns
+        command.send_signal(number)
+        out, err = command.communicate(timeout=120)
+    finally:
+        command.kill()
+        command.communicate()
+    assert "Traceback" not in err and "Warning" not in err and "\x1b" not in err
+    assert out == ""
+    # the process that was killed had no time for one
+    assert number == signal.SIGKILL or (run / "last.ckpt").stat().st_mtime_ns > checkpoint
+    return err
+
+
+def test_processes_ended_by_ctrl_c_sigterm_and_kill_go_on_as_if_nothing_had_been(tmp_path):
+    words = options({**KEYS, **RANDOM, **LONG, "checkpoint_minutes": 0.005, "augment.auto": "null"})
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
+    runs = [tmp_path / number.name for number in signals]
+    # at the same time, since starting takes longest
+    commands = [start("train", "--output", run, *words) for run in runs]
+    with ThreadPoolExecutor() as pool:
+        said = dict(zip(signals, pool.map(ended_by, signals, commands, runs), strict=True))
+    assert [command.returncode for command in commands] == [130, 130, -signal.SIGKILL]
+    for number in (signal.SIGINT, signal.SIGTERM):
+        message = said[number].splitlines()[-1]
+        place = re.match(rf"stopped by {number.name} before epoch 2, batch (\d+) of 20; everything is saved. ", message)
+        assert place, message
         assert 1 < int(place[1]) <= 20
-        assert err.endswith(f"Go on with: sansmax train --resume --output {run}\n")
-    said = sansmax("train", "--output", tmp_path / "whole", *words)
-    assert said.status == 0, said
-    said = sansmax("train", "--resume", "--output", run)
-    assert said.status == 0, said
-    assert re.search(r"going on at epoch 4, batch \d+ of 20", said.err)
-    assert rows_of(run) == rows_of(tmp_path / "whole")
-    assert result_of(run) == result_of(tmp_path / "whole")
+        assert message.endswith(f" Go on with: sansmax train --resume --output {tmp_path / number.name}")
+    whole = sansmax("train", "--output", tmp_path / "whole", *words)
+    assert whole.status == 0, whole
+    for run in runs:
+        resumed = sansmax("train", "--resume", "--output", run)
+        assert resumed.status == 0, resumed
+        assert re.search(r"going on at epoch 2, batch \d+ of 20", resumed.err)
+        assert rows_of(run) == rows_of(tmp_path / "whole")
+        assert result_of(run) == result_of(tmp_path / "whole")
     assert len(result_of(run)[2]) == 4
+
+
+def test_a_run_that_was_taken_up_can_be_stopped_again(whole, tmp_path, monkeypatch):
+    for step, how in ((2, {}), (3, {"resume": True}), (6, {"resume": True})):
+        with monkeypatch.context() as patched:
+            at_step(patched, step, send(signal.SIGINT))
+            with pytest.raises(Stopped, match=rf"batch {step % 4 + 1} of 4"):
+                train_only(tiny(**RANDOM), tmp_path / "run", **how)
+    train_only(None, tmp_path / "run", resume=True)
+    assert result_of(tmp_path / "run") == whole
 
 
 def test_a_finished_run_says_so_and_stays_as_it_is(tmp_path):
