@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 SIZE = 8.8
 # average width of a bold letter and height of a line, in parts of the size of the type
-LETTER, LINE = 0.58, 1.25
+LETTER, LINE = 0.62, 1.3
 # where a text may stand, in points from the end of its line, the best first: at the right, then at the left
 SHIFTS = [(10, dy) for dy in (0, 6, -6, 12, -12, 18, -18, 25, -25, 32, -32, 40, -40)]
 SHIFTS += [(dx, dy) for dx in (-8, -30, -60) for dy in (4, 10, -8, 16, 24, 34, -20)]
@@ -72,10 +72,17 @@ def place_labels(axes: Axes, labels: Sequence[Label]) -> None:
     chosen = [int(np.argmin(costs)) for costs in alone]
     for _ in range(ROUNDS):
         for i, boxes in enumerate(choices):
-            others = [choices[j][c] for j, c in enumerate(chosen) if j != i]
-            chosen[i] = int(
-                np.argmin([a + 1000 * sum(map(box.meets, others)) for a, box in zip(alone[i], boxes, strict=True)])
-            )
+            # names of lines come first: those of guides make room for them, not the other way round
+            others = [
+                (choices[j][c], 30 if labels[i].bold and not labels[j].bold else 1000)
+                for j, c in enumerate(chosen)
+                if j != i
+            ]
+            costs = [
+                a + sum(weight for other, weight in others if box.meets(other))
+                for a, box in zip(alone[i], boxes, strict=True)
+            ]
+            chosen[i] = int(np.argmin(costs))
     for label, choice in zip(labels, chosen, strict=True):
         write(axes, label, SHIFTS[choice])
 
