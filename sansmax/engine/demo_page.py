@@ -141,6 +141,7 @@ def _task(plan: "Plan") -> str:
 def _results(metrics: dict[str, Metrics], differences: dict[str, Interval]) -> str:
     titles = {"accuracy": "accuracy", "auc": "AUC", "log_loss": "log loss", "calibration_error": "calibration error"}
     rows = [[name, *(score_text(s, m[s]) for s in SCORES)] for name, m in metrics.items()]
+    known = "".join(f"\n\n{name}: {note}." for name, m in metrics.items() for note in m.notes)
     compared = [[f"against {name}", interval_text(d).replace("%", "points", 1)] for name, d in differences.items()]
     return (
         table(["network", *(titles[s] for s in SCORES)], rows)
@@ -149,7 +150,7 @@ def _results(metrics: dict[str, Metrics], differences: dict[str, Interval]) -> s
         + table(["", "accuracy gained"], compared)
         + "\n\nThe softmax twin differs in its attention alone and was trained in the same way. Logistic regression "
         "sees all pixels. The last one is the same network, trained and tested on the pictures reduced fourfold: what "
-        "resolution is worth.\n\n![accuracy](accuracy.png)\n\n![ROC](roc.png)\n\n![confusion](confusion.png)"
+        f"resolution is worth.{known}\n\n![accuracy](accuracy.png)\n\n![ROC](roc.png)\n\n![confusion](confusion.png)"
     )
 
 
