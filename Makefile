@@ -34,8 +34,9 @@ $(READY): requirements.lock pyproject.toml
 demo: $(READY)
 	$(BIN)/sansmax demo --output runs/demo --overwrite
 
+# two processes of one thread each: small tensors gain nothing from threads
 test: $(READY)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 check: $(READY)
 	$(BIN)/ruff format --check .
