@@ -86,13 +86,14 @@ def sansmax(*words):
 
 
 def start(*words):
-    """The command line in a process of its own, with as many threads as this one has."""
+    """The command line in a process and a group of its own, with as many threads as this one has."""
     threads = str(torch.get_num_threads())
     return subprocess.Popen(
         [sys.executable, "-m", "sansmax", *map(str, words)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
         env={**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads},
     )
 

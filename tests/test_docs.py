@@ -140,7 +140,7 @@ def test_wrong_commands_would_be_noticed(line):
 def python_commands():
     for page in [*PAGES, ROOT / "CHANGELOG.md", *sorted((ROOT / "recipes").glob("*.yaml"))]:
         text = page.read_text(encoding="utf-8")
-        for found in set(re.findall(r"python -m ([\w.]+)|python ((?:examples|docs|benchmarks)/\S+\.py)", text)):
+        for found in sorted(set(re.findall(r"python -m ([\w.]+)|python ((?:examples|docs|benchmarks)/\S+\.py)", text))):
             yield pytest.param(*found, id=f"{name_of(page)}: {''.join(found)}")
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from sansmax.engine.callbacks import Recorder
 from sansmax.engine.module import Classifier, NotFinite
 from sansmax.engine.run import Run
-from sansmax.engine.stopping import Stopped
+from sansmax.engine.stopping import Stopped, StopSignal
 from sansmax.engine.train import train
 from sansmax.errors import InputError
 
@@ -92,6 +92,42 @@ def test_stopped_before_the_first_checkpoint_it_starts_from_the_beginning(whole,
     assert result_of(tmp_path / "run") == whole
 
 
+def test_a_row_written_after_the_last_checkpoint_comes_once(whole, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    with monkeypatch.context() as patched:
+        at_step(patched, 6, send(signal.SIGINT))
+        with pytest.raises(Stopped):
+            train_only(tiny(**RANDOM), run)
+    earlier = (run / "last.ckpt").read_bytes()
+    train_only(None, run, resume=True)
+    # as if the end of the second epoch had come no further than its row
+    (run / "last.ckpt").write_bytes(earlier)
+    train_only(None, run, resume=True)
+    assert result_of(run) == whole
+
+
+def test_the_best_epoch_is_remembered(tmp_path, monkeypatch):
+    # too low a rate for any later epoch to be better
+    config = tiny(epochs=6, monitor="val_accuracy", patience=3, optim__lr=1e-7, optim__warmup_lr=1e-7)
+    train_only(config, tmp_path / "whole")
+    accuracies = [row["val_accuracy"] for row in rows_of(tmp_path / "whole")]
+    assert len(accuracies) == 4 and max(accuracies) == accuracies[0]
+    with monkeypatch.context() as patched:
+        at_step(patched, 6, send(signal.SIGINT))
+        with pytest.raises(Stopped):
+            train_only(config, tmp_path / "run")
+    train_only(None, tmp_path / "run", resume=True)
+    assert result_of(tmp_path / "run") == result_of(tmp_path / "whole")
+
+
+def test_processes_that_load_images_leave_signals_to_training():
+    stop = StopSignal()
+    stop.process += 1
+    for _ in range(2):
+        stop._request(signal.SIGTERM, None)
+    assert stop.name is None
+
+
 def test_ctrl_c_outside_of_training_says_how_to_go_on(tmp_path, monkeypatch):
     def interrupted(*args):
         raise KeyboardInterrupt
@@ -133,7 +169,11 @@ def ended_by(number, command, run):
     try:
         wait_for(command, run, 1)
         checkpoint = (run / "last.ckpt").stat().st_mtime_ns
-        command.send_signal(number)
+        if number == signal.SIGKILL:
+            command.kill()
+        else:
+            # as a terminal does: to the processes that load images, too
+            os.killpg(command.pid, number)
         out, err = command.communicate(timeout=120)
     finally:
         command.kill()
