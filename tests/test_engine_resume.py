@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from sansmax.engine.callbacks import Recorder
 from sansmax.engine.module import Classifier, NotFinite
 from sansmax.engine.run import Run
-from sansmax.engine.stopping import Stopped, StopSignal
+from sansmax.engine.stopping import Stopped
 from sansmax.engine.train import train
 from sansmax.errors import InputError
 
@@ -118,14 +118,6 @@ def test_the_best_epoch_is_remembered(tmp_path, monkeypatch):
             train_only(config, tmp_path / "run")
     train_only(None, tmp_path / "run", resume=True)
     assert result_of(tmp_path / "run") == result_of(tmp_path / "whole")
-
-
-def test_processes_that_load_images_leave_signals_to_training():
-    stop = StopSignal()
-    stop.process += 1
-    for _ in range(2):
-        stop._request(signal.SIGTERM, None)
-    assert stop.name is None
 
 
 def test_ctrl_c_outside_of_training_says_how_to_go_on(tmp_path, monkeypatch):

@@ -1,6 +1,5 @@
 """Stopping in good order: the first Ctrl-C is a request, the second one ends the program."""
 
-import os
 import shlex
 import signal
 import threading
@@ -32,12 +31,8 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.name: str | None = None
-        self.process = os.getpid()
 
     def _request(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self.process:
-            # processes that load images get the signals of their group; they end when training ends them
-            return
         if self.name is not None:
             raise StopNow
         self.name = signal.Signals(number).name
@@ -59,6 +54,12 @@ class StopSignal:
         if _in_main_thread():
             for number in SIGNALS:
                 signal.signal(number, self._request)
+
+
+def leave_signals_to_training(worker: int) -> None:
+    """Makes a process that loads images deaf to the signals of its group; it ends when training ends it."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def resume_command(folder: Path, verb: str = "train") -> str:

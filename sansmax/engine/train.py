@@ -18,7 +18,7 @@ from sansmax.engine.build import build_model, build_preprocess, num_parameters
 from sansmax.engine.config import DataConfig, TrainConfig, differences
 from sansmax.engine.progress import Reporter
 from sansmax.engine.run import Run, check_folder, explained_disk, prepare_folder, write_json, write_start
-from sansmax.engine.stopping import StopNow, Stopped, StopSignal
+from sansmax.engine.stopping import StopNow, Stopped, StopSignal, leave_signals_to_training
 from sansmax.errors import InputError
 from sansmax.files import write_text
 from sansmax.report.tables import as_csv, truncate_rows
@@ -153,7 +153,10 @@ def loaders(config: TrainConfig, data: LabelledImages, preprocess: Preprocess) -
     augment = augmentation(config)
     common: dict[str, Any] = {"batch_size": config.batch_size, "workers": config.data.workers}
     first = make_loader(data.train, preprocess, augment, seed=config.seed, shuffle=True, **common)
-    return first, make_loader(data.val, preprocess, **common)
+    second = make_loader(data.val, preprocess, **common)
+    for loader in (first, second):
+        loader.worker_init_fn = leave_signals_to_training
+    return first, second
 
 
 def augmentation(config: TrainConfig) -> Augment:
