@@ -8,7 +8,7 @@ code. The modules here hold parameters; the mathematics is in `sansmax.ops`.
 Shapes: b images, n tokens, c channels.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -213,7 +213,8 @@ class Block(nn.Module):
             raise ValueError(f"attention must be one of {', '.join(ATTENTIONS)}, got {attention!r}")
         if attention != "seqnorm" and order != "auto":
             raise ValueError(f"{attention} attention has one order of computation; leave out order={order!r}")
-        factory = {"device": device, "dtype": dtype}
+        # only what was asked for: timm's layers before 1.0.21 take neither
+        factory: dict[str, Any] = {k: v for k, v in (("device", device), ("dtype", dtype)) if v is not None}
         options = {"order": order} if attention == "seqnorm" else {}
         self.norm1 = norm_layer(dim, **factory)
         self.attn = ATTENTIONS[attention](

@@ -4,6 +4,8 @@ A plain patch embedding sees each patch alone; a stack of 3 x 3 convolutions of 
 faster and better on small sets of small images. It needs pixels of the neighbours, so it does not run in bands of rows.
 """
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from timm.layers.patch_embed import PatchEmbed
@@ -29,6 +31,8 @@ class ConvStem(PatchEmbed):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        # only what was asked for: timm's patch embedding before 1.0.21 takes neither
+        factory: dict[str, Any] = {k: v for k, v in (("device", device), ("dtype", dtype)) if v is not None}
         super().__init__(
             img_size,
             patch_size,
@@ -37,8 +41,7 @@ class ConvStem(PatchEmbed):
             strict_img_size=strict_img_size,
             output_fmt=output_fmt,
             dynamic_img_pad=dynamic_img_pad,
-            device=device,
-            dtype=dtype,
+            **factory,
         )
         side = patch_size if isinstance(patch_size, int) else 0
         if side < 2 or side & (side - 1):

@@ -61,6 +61,8 @@ class VisionTransformer(timm_vit.VisionTransformer):
             **timm_arguments,
         )
         self.attention = attention
+        # timm before 1.0.21 does not keep it
+        self.in_chans: int = timm_arguments.get("in_chans", 3)
 
     def forward_features(self, x: Tensor, mask: Weight = None) -> Float[Tensor, "b t c"]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """The tokens after the last block and norm, prefix tokens first.
