@@ -250,15 +250,15 @@ def test_the_class_to_explain_is_chosen(run, tmp_path):
         ("squash", ([0, 5, 10, 15], [0, 6, 12, 18])),
         # the whole height, and 2 px left and right beside it
         ("pad", ([-2, 4, 10, 16], [0, 6, 12, 18])),
-        # the whole width less what crop_pct takes away
-        ("crop", None),
+        # four fifths of the width, and as much of the height
+        ("crop", ([2, 6, 10, 14], [4, 8, 12, 16])),
     ],
 )
 def test_places_of_the_tokens_are_those_in_the_file(mode, corners, run, tmp_path):
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
     info = json.loads((copy / "run.json").read_text())
-    info["preprocess"]["resize_mode"] = mode
+    info["preprocess"] |= {"resize_mode": mode, "crop_pct": 0.8}
     (copy / "run.json").write_text(json.dumps(info))
     one = run.parent / "data" / "benign" / "b03.png"
     said = sansmax("heatmap", copy, one)
@@ -266,9 +266,6 @@ def test_places_of_the_tokens_are_those_in_the_file(mode, corners, run, tmp_path
     with np.load(copy / "heatmaps" / "b03_scores.npz") as arrays:
         places = arrays["xy_level0"]
     assert places.shape == (4, 4, 2)
-    if corners is None:
-        side = 20 * info["preprocess"]["crop_pct"]
-        corners = [(w - side) / 2 + side / 4 * np.arange(4) for w in (20, 24)]
     np.testing.assert_allclose(places[..., 0], np.tile(corners[0], (4, 1)), atol=1e-9)
     np.testing.assert_allclose(places[..., 1], np.tile(corners[1], (4, 1)).T, atol=1e-9)
 
