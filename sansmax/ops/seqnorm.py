@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sansmax.ops.checks import check_choice, check_tokens
 from sansmax.ops.moments import Moments, Weight, at_least_float32, centred, nonzero
 
 Gain = Float[Tensor, "h d"] | None
@@ -137,10 +138,10 @@ def seqnorm_attention(
     the tokens gives its bias, and so does a single token. The output at masked tokens, and of an image without any
     real token, is zero. NaN in a real token is NaN in its whole image, and in no other.
 
-    Raises ValueError for an unknown `order`.
+    Raises ValueError for an order that the mechanism lacks, shapes or types that do not fit, and no tokens.
     """
-    if order not in ORDERS:
-        raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {order!r}")
+    check_tokens(mask, q=q, k=k, v=v)
+    check_choice("order", order, ORDERS, "seqnorm attention")
     weight = None if mask is None else mask.unsqueeze(1).expand(q.shape[:3])
     gains = (gamma_q, beta_q, gamma_k, beta_k, gamma_v, beta_v)
     if order == "quadratic" or (order == "auto" and q.shape[-2] < q.shape[-1]):

@@ -9,8 +9,13 @@ Shapes: b images, h heads, n tokens, d channels per head.
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
+
+from sansmax.ops.checks import check_choice, check_tokens
+from sansmax.ops.moments import Weight
+
+ORDERS = ("auto", "quadratic")
 
 
 def softmax_attention(
@@ -18,14 +23,19 @@ def softmax_attention(
     k: Float[Tensor, "b h n d"],
     v: Float[Tensor, "b h n d"],
     *,
-    mask: Bool[Tensor, "b n"] | Float[Tensor, "b n"] | None = None,
+    mask: Weight = None,
+    order: str = "auto",
 ) -> Float[Tensor, "b h n d"]:
     """Softmax attention by PyTorch's fused kernel.
 
     `mask` is True for real tokens (PyTorch's padding masks use the opposite). A floating mask is a weight per
     token: weight 0 is absent, 1 is present, and its gradient at 1 is the effect of removing the token. The output at
-    masked tokens, and of an image without any real token, is zero.
+    masked tokens, and of an image without any real token, is zero. The only `order` is "quadratic".
+
+    Raises ValueError for another order, shapes or types that do not fit, and no tokens.
     """
+    check_tokens(mask, q=q, k=k, v=v)
+    check_choice("order", order, ORDERS, "softmax attention")
     if mask is None:
         return F.scaled_dot_product_attention(q, k, v)
     if mask.dtype == torch.bool:
