@@ -10,11 +10,14 @@ weight is the effect of removing the token.
 Shapes: leading axes are batch (and head); n tokens, c channels.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+
+from sansmax.ops.moments_blocked import centred_moments
 
 Weight = Bool[Tensor, "*b n"] | Float[Tensor, "*b n"] | None
 
@@ -66,8 +69,17 @@ class Moments(NamedTuple):
         """Moments of one set of tokens; `weight` is True (or 1) for real tokens."""
         # autocast would form the sum over all tokens in half precision
         with torch.autocast(x.device.type, enabled=False):
-            count, mean, x, weighted = centred(x, weight)
-            return cls(count, mean, weighted.mT @ x)
+            if weight is not None and weight.dtype != torch.bool:
+                count, mean, x, weighted = centred(x, weight)
+                return cls(count, mean, weighted.mT @ x)
+            lead = x.shape[:-2]
+            images = (math.prod(lead), *x.shape[-2:])
+            mean, scatter = centred_moments(x.reshape(images), None if weight is None else weight.reshape(images[:2]))
+            if weight is None:
+                count = mean.new_full(lead, float(x.shape[-2]))
+            else:
+                count = weight.sum(-1).to(mean.dtype)
+            return cls(count, mean.reshape(*lead, -1), scatter.reshape(*lead, *scatter.shape[-2:]))
 
     def merge(self, other: "Moments") -> "Moments":
         """Moments of the union of two disjoint sets of tokens."""

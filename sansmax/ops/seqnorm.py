@@ -196,16 +196,15 @@ def seqnorm_affine(
     """
     with torch.autocast(moments.mean.device.type, enabled=False):
         g = moments.covariance()
-        c = w_q.shape[0]
-        d = c // num_heads
+        d = w_q.shape[0] // num_heads
         w_q, w_k, w_v, w_out = (w.to(g.dtype) for w in (w_q, w_k, w_v, w_out))
-        g_q, g_k, g_v = (g @ torch.cat((w_q, w_k, w_v)).mT).split(c, dim=-1)
+        wg_q, wg_k, wg_v = (w @ g for w in (w_q, w_k, w_v))
         a_q, a_k, a_v = (
-            _gain(None if gamma is None else gamma.flatten(), (w.mT * gw).sum(-2), eps)
-            for gamma, w, gw in ((gamma_q, w_q, g_q), (gamma_k, w_k, g_k), (gamma_v, w_v, g_v))
+            _gain(None if gamma is None else gamma.flatten(), (wg * w).sum(-1), eps)
+            for gamma, w, wg in ((gamma_q, w_q, wg_q), (gamma_k, w_k, wg_k), (gamma_v, w_v, wg_v))
         )
-        # (h, d, c_in) @ (b, h, c_in, d)
-        s = w_k.unflatten(0, (num_heads, d)) @ g_v.unflatten(-1, (num_heads, d)).movedim(-2, -3)
+        # (b, h, d, c_in) @ (h, c_in, d)
+        s = wg_k.unflatten(-2, (num_heads, d)) @ w_v.unflatten(0, (num_heads, d)).mT
         s = s * a_k.unflatten(-1, (num_heads, d)).unsqueeze(-1) * a_v.unflatten(-1, (num_heads, d)).unsqueeze(-2)
         if beta_k is not None and beta_v is not None:
             s = s + beta_k.to(s.dtype).unsqueeze(-1) * beta_v.to(s.dtype).unsqueeze(-2)
