@@ -11,6 +11,8 @@ because the derivative of the scatter by the mean is zero.
 Shapes: b images, n tokens, c channels; `mask` is True for real tokens.
 """
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -47,7 +49,7 @@ def centred_moments(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
 def _columns(c: int) -> list[tuple[int, int]]:
     blocks = max(1, round(c / BLOCK_COLUMNS))
     ends = [round(c * i / blocks) for i in range(blocks + 1)]
-    return list(zip(ends, ends[1:], strict=False))
+    return list(itertools.pairwise(ends))
 
 
 def _add_products(scatter: Tensor, x: Tensor) -> None:

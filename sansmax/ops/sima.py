@@ -1,0 +1,205 @@
+"""Attention with l1-normalised queries and keys: SimA, https://arxiv.org/abs/2206.08898, equation 2.
+
+    out = (Q / |Q|_1) (K / |K|_1)^T V          norms over the tokens, one per channel
+
+Everything the output needs from the other tokens is three sums (`L1State`), and three orders give the same numbers:
+
+* quadratic, (Q^ K^^T) V: the definition, 2 n^2 d; cheapest for very few tokens;
+* linear, Q (diag(1 / (|Q|_1 |K|_1)) K^T V): 2 n d^2, the norms folded into the d x d state. Q^ and K^ are of size 1/n
+  and would underflow in 16 bit; they are never made;
+* moments, Y = X M + c: the whole multi-head layer with its projections (`sima_affine`). K^T V follows from the second
+  moments of the layer's input, the norms from `projected_l1`, which makes Q and K of one block of tokens at a time.
+
+The output shrinks as 1/n. `reference_tokens` multiplies it by n / reference_tokens, so that a network trained at that
+many tokens keeps the balance of attention and residual at any length; the paper has no such factor.
+
+Shapes: b images, h heads, n tokens, d channels per head, c = h d channels.
+"""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sansmax.ops.checks import check_choice, check_tokens
+from sansmax.ops.moments import Moments, Weight, at_least_float32, without_padding
+from sansmax.ops.sima_blocked import projected_l1_norm
+
+ORDERS = ("auto", "quadratic", "linear")
+
+
+class L1State(NamedTuple):
+    """Sums over the tokens seen so far, in float32 or wider."""
+
+    n: Float[Tensor, "*b"]
+    q_norm: Float[Tensor, "*b d"]
+    k_norm: Float[Tensor, "*b d"]
+    kv: Float[Tensor, "*b d d"]
+
+    @classmethod
+    def of(
+        cls,
+        q: Float[Tensor, "*b n d"],
+        k: Float[Tensor, "*b n d"],
+        v: Float[Tensor, "*b n d"],
+        weight: Weight = None,
+    ) -> "L1State":
+        """Sums of one set of tokens; `weight` is True (or 1) for real tokens."""
+        # autocast would keep the sum over all tokens in half precision
+        with torch.autocast(q.device.type, enabled=False):
+            q, k, v = (without_padding(x, weight) for x in (q, k, v))
+            wide = torch.promote_types(q.dtype, torch.float32)
+            if weight is None or weight.dtype == torch.bool:
+                q_norm, k_norm = (torch.linalg.vector_norm(x, 1, dim=-2, dtype=wide) for x in (q, k))
+                count = q_norm.new_full(q.shape[:-2], float(q.shape[-2])) if weight is None else weight.sum(-1).to(wide)
+            else:
+                w = weight.to(wide)
+                q_norm, k_norm = ((w.unsqueeze(-2) @ x.abs().to(wide)).squeeze(-2) for x in (q, k))
+                count, v = w.sum(-1), v * w.unsqueeze(-1)
+            return cls(count, q_norm, k_norm, at_least_float32(k).mT @ v.to(wide))
+
+    def merge(self, other: "L1State") -> "L1State":
+        """Sums of the union of two disjoint sets of tokens."""
+        return L1State(*(a + b for a, b in zip(self, other, strict=True)))
+
+    def folded(self, eps: float, reference_tokens: int | None = None) -> Float[Tensor, "*b d d"]:
+        """The matrix S of `out = Q S`."""
+        s = self.kv / self.k_norm.clamp_min(eps).unsqueeze(-1) / self.q_norm.clamp_min(eps).unsqueeze(-1)
+        return s if reference_tokens is None else s * (self.n / reference_tokens)[..., None, None]
+
+
+def sima_attend(
+    state: L1State, q: Float[Tensor, "*b n d"], *, eps: float = 1e-12, reference_tokens: int | None = None
+) -> Float[Tensor, "*b n d"]:
+    """Reads the output for queries `q` whose tokens are already counted in `state`; in the dtype of `q`."""
+    with torch.autocast(q.device.type, enabled=False):
+        return (at_least_float32(q) @ state.folded(eps, reference_tokens)).to(q.dtype)
+
+
+def sima_attention(
+    q: Float[Tensor, "b h n d"],
+    k: Float[Tensor, "b h n d"],
+    v: Float[Tensor, "b h n d"],
+    *,
+    mask: Weight = None,
+    order: str = "auto",
+    eps: float = 1e-12,
+    reference_tokens: int | None = None,
+) -> Float[Tensor, "b h n d"]:
+    """SimA attention over all tokens at once.
+
+    `mask` is True for real tokens (PyTorch's padding masks use the opposite); a floating mask is a weight per token.
+    `order` is "quadratic", "linear" or "auto" (linear unless n < d). `eps` is the smallest norm a channel may have:
+    1e-12 in the published self-attention, 1e-6 in its class attention; a channel that is zero on every token adds
+    nothing. The output at masked tokens, and of an image without any real token, is zero. NaN in a real token is NaN
+    in its own image, and in no other.
+
+    Raises ValueError for an order that the mechanism lacks, shapes or types that do not fit, and no tokens.
+    """
+    check_tokens(mask, q=q, k=k, v=v)
+    check_choice("order", order, ORDERS, "sima attention")
+    check_reference(reference_tokens)
+    weight = None if mask is None else mask.unsqueeze(1).expand(q.shape[:3])
+    if order == "quadratic" or (order == "auto" and q.shape[-2] < q.shape[-1]):
+        return _quadratic(q, k, v, weight, eps, reference_tokens)
+    out = sima_attend(
+        L1State.of(q, k, v, weight), without_padding(q, weight), eps=eps, reference_tokens=reference_tokens
+    )
+    return without_padding(out, weight)
+
+
+def check_reference(reference_tokens: int | None) -> None:
+    """Raises ValueError for a reference of no tokens."""
+    if reference_tokens is not None and reference_tokens < 1:
+        raise ValueError(f"reference_tokens must be at least 1, or None for the paper's output, got {reference_tokens}")
+
+
+def _quadratic(q: Tensor, k: Tensor, v: Tensor, weight: Weight, eps: float, reference_tokens: int | None) -> Tensor:
+    with torch.autocast(q.device.type, enabled=False):
+        q_hat, k_hat, v_wide = (at_least_float32(without_padding(x, weight)) for x in (q, k, v))
+        w = None if weight is None else weight.to(v_wide.dtype).unsqueeze(-1)
+        if w is not None:
+            v_wide = v_wide * w
+        q_hat, k_hat = (
+            x / (x.abs() if w is None else x.abs() * w).sum(-2, keepdim=True).clamp_min(eps) for x in (q_hat, k_hat)
+        )
+        out = (q_hat @ k_hat.mT) @ v_wide
+        if reference_tokens is not None:
+            n = float(q.shape[-2]) if w is None else w.sum(-2, keepdim=True)
+            out = out * (n / reference_tokens)
+        return out.to(q.dtype)
+
+
+class ProjectedL1State(NamedTuple):
+    """What a multi-head layer needs to know of its input: its moments, and the l1 norms of its queries and keys."""
+
+    moments: Moments
+    qk_norm: Float[Tensor, "*b e"]
+
+    @classmethod
+    def of(
+        cls,
+        x: Float[Tensor, "b n c_in"],
+        w_qk: Float[Tensor, "e c_in"],
+        b_qk: Float[Tensor, "e"] | None,
+        weight: Weight = None,
+    ) -> "ProjectedL1State":
+        """Sums of one set of tokens; `w_qk` and `b_qk` project to queries, then keys."""
+        return cls(Moments.of(x, weight), projected_l1(x, w_qk, b_qk, weight))
+
+    def merge(self, other: "ProjectedL1State") -> "ProjectedL1State":
+        """Sums of the union of two disjoint sets of tokens."""
+        return ProjectedL1State(self.moments.merge(other.moments), self.qk_norm + other.qk_norm)
+
+
+def projected_l1(
+    x: Float[Tensor, "b n c_in"], w: Float[Tensor, "e c_in"], b: Float[Tensor, "e"] | None, weight: Weight = None
+) -> Float[Tensor, "b e"]:
+    """`sum over tokens of |x W^T + b|` per image, in float32 or wider; `weight` is True (or 1) for real tokens.
+
+    Without a floating weight the projection is made of one block of tokens at a time, forward and backward.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        if weight is None or weight.dtype == torch.bool:
+            return projected_l1_norm(x, w, b, weight)
+        q = torch.nn.functional.linear(x, w.to(x.dtype), None if b is None else b.to(x.dtype)).abs()
+        return (weight.to(torch.promote_types(x.dtype, torch.float32)).unsqueeze(-2) @ at_least_float32(q)).squeeze(-2)
+
+
+def sima_affine(
+    state: ProjectedL1State,
+    w_qkv: tuple[Float[Tensor, "c c_in"], Float[Tensor, "c c_in"], Float[Tensor, "c c_in"]],
+    b_qkv: tuple[Float[Tensor, "c"], Float[Tensor, "c"], Float[Tensor, "c"]] | None,
+    w_out: Float[Tensor, "c_out c"],
+    b_out: Float[Tensor, "c_out"] | None,
+    num_heads: int,
+    *,
+    eps: float = 1e-12,
+    reference_tokens: int | None = None,
+) -> tuple[Float[Tensor, "b c_in c_out"], Float[Tensor, "b c_out"]]:
+    """The whole multi-head layer as one affine map: `Y = X @ M + c`, returned as `(M, c)`.
+
+    With mean mu, scatter G and count n of the tokens, per head: K^T V = W_k G W_v^T + n (W_k mu + b_k)(W_v mu + b_v)^T;
+    S = diag(1 / (|Q|_1 |K|_1)) K^T V; M = sum over heads of W_q^T S W_out^T; c = sum of b_q S W_out^T + b_out. Weights
+    are (out, in), as in `nn.Linear`.
+    """
+    with torch.autocast(state.qk_norm.device.type, enabled=False):
+        n, mean, scatter = state.moments
+        w_q, w_k, w_v, w_out = (w.to(scatter.dtype) for w in (*w_qkv, w_out))
+        d = w_q.shape[0] // num_heads
+        k_mean, v_mean = mean @ w_k.mT, mean @ w_v.mT
+        if b_qkv is not None:
+            k_mean, v_mean = k_mean + b_qkv[1], v_mean + b_qkv[2]
+        kv = (w_k @ scatter).unflatten(-2, (num_heads, d)) @ w_v.unflatten(0, (num_heads, d)).mT
+        k_mean, v_mean = (m.unflatten(-1, (num_heads, d)) for m in (k_mean, v_mean))
+        kv = kv + n[:, None, None, None] * (k_mean.unsqueeze(-1) * v_mean.unsqueeze(-2))
+        q_norm, k_norm = (m.unflatten(-1, (num_heads, d)) for m in state.qk_norm.chunk(2, dim=-1))
+        s = L1State(n.unsqueeze(-1), q_norm, k_norm, kv).folded(eps, reference_tokens)
+        read = (s @ w_out.mT.unflatten(0, (num_heads, d))).flatten(-3, -2)
+        m = w_q.mT @ read
+        c = read.new_zeros(()) if b_out is None else b_out.to(read.dtype)
+        c = c + (
+            b_qkv[0].to(read.dtype) @ read if b_qkv is not None else read.new_zeros(read.shape[:1] + read.shape[-1:])
+        )
+        return m, c
