@@ -23,8 +23,9 @@ from sansmax.ops.moments import at_least_float32
 def newton_inverse(a: Float[Tensor, "*b m m"], steps: int = 20, ridge: float = 0.01) -> Float[Tensor, "*b m m"]:
     """SOFT's inverse: `steps` of Newton's iteration on A' = A + ridge I, from alpha A', each matrix by itself.
 
-    alpha = 1.8 / (largest row sum of A, without the ridge)^2. The gradient is -Z^T G Z^T from the result Z, finished or not, as in the
-    published code; where the iteration has not converged it differs from the derivative of the steps.
+    alpha = 1.8 / (largest row sum of A, without the ridge)^2. The gradient is -Z^T G Z^T from the result Z, finished
+    or not, as in the published code; where the iteration has not converged it differs from the derivative of the
+    steps.
     """
     with torch.autocast(a.device.type, enabled=False):
         a = at_least_float32(a)
