@@ -43,7 +43,10 @@ check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/basedpyright
 
+# the packages that are compared with are not locked: they come beside the locked ones, which stay as they are
 bench: $(READY)
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --requirements pyproject.toml --extra bench
+	$(BIN)/python -m benchmarks.attention
 	$(BIN)/python -m benchmarks.scaling
 	$(BIN)/python -m benchmarks.pneumonia
 

@@ -258,6 +258,69 @@ def demo(
     _say(f"run: {folder}\nread: {folder / 'summary.md'}", quiet)
 
 
+@app.command()
+def benchmark(
+    suite: Annotated[str, typer.Argument(help="attention, orders or targets.")] = "attention",
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the results.")] = Path("runs/benchmark"),
+    case: Annotated[str, typer.Option(help="Of attention: layer, encoder, or both with a comma.")] = "layer,encoder",
+    contestants: Annotated[
+        str | None, typer.Option(help="Names with commas, NAME:ORDER for a forced order [all there are].")
+    ] = None,
+    tokens: Annotated[str | None, typer.Option(help="Sizes with commas [those of the suite].")] = None,
+    dim: Annotated[int | None, typer.Option(help="Channels [those of each case].")] = None,
+    heads: Annotated[int | None, typer.Option(help="Heads [those of each case].")] = None,
+    batch: Annotated[int | None, typer.Option(help="Inputs at a time [those of each case].")] = None,
+    direction: Annotated[str | None, typer.Option(help="forward, forward+backward, or both with a comma.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, float64, with commas.")] = "float32",
+    threads: Annotated[str, typer.Option(help="Numbers of threads with commas: each is measured.")] = "1",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    budget: Annotated[float | None, typer.Option(help="Seconds that one pass may take [10; 2 for orders].")] = None,
+    memory: Annotated[float, typer.Option(help="GiB that one pass may take [0: half of what is free].")] = 0.0,
+    repeats: Annotated[int | None, typer.Option(help="Times that are taken of each [7; 15 for orders].")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Small sizes, the package alone: about a minute.")] = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Measure time and memory of attention, contestants side by side; write a table, a page and pictures."""
+    from sansmax.engine.benchmark import Limits, versions
+    from sansmax.engine.benchmark import benchmark as run_benchmark
+    from sansmax.engine.cases import Setup
+    from sansmax.engine.progress import Reporter
+    from sansmax.engine.suites import cases_of
+    from sansmax.report.benchmark import do_again, draw
+
+    setup = Setup(
+        tokens=_numbers("--tokens", tokens),
+        dim=dim,
+        heads=heads,
+        batch=batch,
+        directions=_names(direction),
+        dtypes=_names(dtype) or (),
+        threads=_numbers("--threads", threads) or (),
+        device=device,
+        quick=quick,
+    )
+    cases = cases_of(suite, setup, kinds=_names(case) or (), contestants=_names(contestants))
+    limits = Limits.of(suite, quick=quick, budget=budget, memory_mib=1024 * memory, repeats=repeats)
+    again = do_again(_command_line(), versions(setup))
+    done = run_benchmark(suite, output, cases, limits, again=again, reporter=Reporter(quiet=quiet))
+    if not quiet:
+        draw(Console(), done.rows)
+    _say("written: " + ", ".join(map(str, done.files)) if done.files else "nothing was measured", quiet)
+    if not done.complete:
+        raise typer.Exit(130)
+
+
+def _names(text: str | None) -> tuple[str, ...] | None:
+    return None if text is None else tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _numbers(option: str, text: str | None) -> tuple[int, ...] | None:
+    names = _names(text)
+    if names is None or all(name.isdigit() for name in names):
+        return None if names is None else tuple(map(int, names))
+    raise InputError(f"{option} is whole numbers with commas between them, such as 196,1024, got {text!r}")
+
+
 def parse_size(text: str) -> int | tuple[int, int]:
     """An image size from "224" or "384x512" (height x width)."""
     parts = text.lower().split("x")

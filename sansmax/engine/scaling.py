@@ -5,19 +5,18 @@
 prints one JSON object per size. Sizes grow, and a mechanism stops where the next size would exceed its budget.
 """
 
-import contextlib
 import json
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from sansmax.engine.memory import forget_peak, peak_mib
 from sansmax.engine.progress import Reporter
 
 MECHANISMS = {
@@ -94,7 +93,7 @@ def _measure(case: dict[str, Any]) -> None:
     last: tuple[int, float] | None = None
     for _ in range(3):
         _forward(network, _picture(case["sizes"][0]), case["mechanism"])()
-    base = _peak_mib(now=True)
+    base = peak_mib(now=True)
     for side in case["sizes"]:
         tokens = (side // patch) ** 2
         row = {"tokens": tokens, "image_px": side, "seconds": None, "peak_mib": None, "reason": None}
@@ -138,33 +137,13 @@ def _picture(side: int) -> np.ndarray:
 
 def _cost(forward: Callable[[], object], budget: float) -> tuple[float, float]:
     """Median seconds, and the largest memory of the process in MiB."""
-    _forget_peak()
+    forget_peak()
     times: list[float] = []
     while len(times) < REPEATS and sum(times) < budget:
         start = time.perf_counter()
         forward()
         times.append(time.perf_counter() - start)
-    return float(np.median(times)), _peak_mib()
-
-
-def _forget_peak() -> None:
-    """Starts the count of the peak anew where the system can; elsewhere it holds, since sizes grow."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def _peak_mib(now: bool = False) -> float:
-    """The largest memory of the process so far, or what it holds `now`, in MiB."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        wanted = "VmRSS:" if now else "VmHWM:"
-        for line in status.read_text().splitlines():
-            if line.startswith(wanted):
-                return int(line.split()[1]) / 1024
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+    return float(np.median(times)), peak_mib()
 
 
 if __name__ == "__main__":

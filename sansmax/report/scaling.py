@@ -25,36 +25,53 @@ PANEL = 310
 QUANTITIES = (("seconds", "Time of one forward pass"), ("peak_mib", "Peak memory"))
 
 
-def scaling(rows: Sequence[Mapping[str, Any]], path: str | Path, *, title: str = "", note: str = "") -> Path:
+def scaling(
+    rows: Sequence[Mapping[str, Any]],
+    path: str | Path,
+    *,
+    title: str = "",
+    note: str = "",
+    limit: str = "",
+    heading: str = QUANTITIES[0][1],
+) -> Path:
     """Seconds and peak memory of each mechanism over the number of tokens, both axes logarithmic.
 
     `rows` hold `mechanism`, `tokens`, `image_px` (side of the square image, may be missing), `seconds`, `peak_mib`,
     and `reason`: why a mechanism stopped at this number of tokens (its `seconds` may then be empty), else None. The
-    title, where none is given, compares the fastest mechanism with softmax at the largest size both reached.
+    title, where none is given, compares the fastest mechanism with softmax at the largest size both reached. `limit`
+    names the one that is no mechanism but what none can undercut; `heading` says what the seconds are of.
     """
     with look():
-        return save(scaling_figure(rows, title, note), path)
+        return save(scaling_figure(rows, title, note, limit, heading), path)
 
 
-def scaling_figure(rows: Sequence[Mapping[str, Any]], title: str = "", note: str = "") -> Figure:
+def scaling_figure(
+    rows: Sequence[Mapping[str, Any]],
+    title: str = "",
+    note: str = "",
+    limit: str = "",
+    heading: str = QUANTITIES[0][1],
+) -> Figure:
     """The figure of `scaling`."""
     names = list(dict.fromkeys(str(row["mechanism"]) for row in rows))
     if not names:
         raise InputError("there are no rows to draw the scaling from; measure at least one mechanism")
-    colours = mechanism_colours(names)
+    colours = mechanism_colours([name for name in names if name != limit]) | {limit: MUTED}
+    found = title or finding([row for row in rows if row["mechanism"] != limit], [n for n in names if n != limit])
     crosses = "crosses: where a mechanism stopped, and why" if any(row.get("reason") for row in rows) else ""
-    figure = new_figure(10.5, 5.3, title or finding(rows, names), "; ".join(part for part in (note, crosses) if part))
+    figure = new_figure(10.5, 5.3, found, "; ".join(part for part in (note, crosses) if part))
     panels, words = figure.subplots(1, 2), []
-    for axes, (quantity, heading) in zip(panels, QUANTITIES, strict=True):
+    for axes, (quantity, of) in zip(panels, ((QUANTITIES[0][0], heading), QUANTITIES[1]), strict=True):
         measured = {name: line_of(rows, name, quantity) for name in names}
         measured = {name: (x, y) for name, (x, y) in measured.items() if len(x)}
         axes.set(xscale="log", yscale="log")
-        axes.set_title(heading, pad=32)
+        axes.set_title(of, pad=32)
         frame(axes, rows, measured, quantity)
         image_sides(axes, rows)
         words.append(guides(axes, measured))
         for name, (x, y) in measured.items():
-            axes.plot(x, y, "o-", color=colours[name], markersize=4.5, markeredgecolor="white", markeredgewidth=0.6)
+            style = "o--" if name == limit else "o-"
+            axes.plot(x, y, style, color=colours[name], markersize=4.5, markeredgecolor="white", markeredgewidth=0.6)
     # placing texts needs the final sizes of both panels
     for axes, (quantity, _), guide_names in zip(panels, QUANTITIES, words, strict=True):
         ends = end_labels(axes, rows, {name: line_of(rows, name, quantity) for name in names}, colours)
