@@ -35,6 +35,7 @@ class _Pieces:
         self.dtype = torch.promote_types(torch.promote_types(q.dtype, landmarks.dtype), torch.float32)
         self.landmarks = self.landmarks.to(self.dtype)
         self.real = weight if weight is not None and weight.dtype == torch.bool else None
+        self.weight = weight if self.real is None else None
         self.m = landmarks.shape[2]
         # distances do not change when all points move; near zero their squares lose no digits
         self.centre = self.landmarks.mean(2, keepdim=True)
@@ -72,46 +73,51 @@ class _Pieces:
         out = self.buffer("tokens", at, self.q.shape[3])
         return self.clear(torch.sub(self.q[i, :, t], self.centre[i], out=out), at)
 
-    def kernel(self, at: tuple[slice, slice]) -> Tensor:
-        """The rows of P, zero at the tokens that are none."""
-        tokens, p = self.tokens(at), self.buffer("p", at, self.m)
+    def kernel(self, at: tuple[slice, slice], room: Tensor | None = None) -> Tensor:
+        """The rows of P, zero at the tokens that are none; in `room` where that is given."""
+        tokens, p = self.tokens(at), self.buffer("p", at, self.m) if room is None else room
         squares = torch.mul(tokens, tokens, out=self.buffer("squares", at, self.q.shape[3]))
         norms = torch.sum(squares, -1, keepdim=True, out=self.buffer("norms", at, 1))
         torch.add(self.offset[at[0]], norms, alpha=-0.5 * self.scale, out=p)
         flat(p).baddbmm_(flat(tokens), flat(self.columns[at[0]]))
         return self.clear(p.exp_(), at)
 
-    def read(self, name: str, x: Tensor, at: tuple[slice, slice]) -> Tensor:
-        """A piece of another tensor of tokens, zero at the tokens that are none."""
-        return self.clear(self.buffer(name, at, x.shape[3]).copy_(x[at[0], :, at[1]]), at)
+    def read(self, x: Tensor, at: tuple[slice, slice], weight: Tensor | None = None) -> Tensor:
+        """A piece of another tensor of tokens, times weights, zero at tokens that are none; not to write to."""
+        piece = x[at[0], :, at[1]]
+        if self.real is None and weight is None and x.dtype == self.dtype:
+            return piece
+        piece = self.clear(self.buffer("weighted" if weight is not None else "read", at, x.shape[3]).copy_(piece), at)
+        return piece if weight is None else piece.mul_(weight[at][:, None, :, None])
 
-    def can_keep(self, result: Tensor) -> bool:
-        """Whether P fits into a tensor of results, digits included."""
-        return self.m <= result.shape[3] and result.dtype == self.dtype
+    def room(self, result: Tensor, at: tuple[slice, slice]) -> Tensor | None:
+        """Where the rows of P can wait: in the place of the rows of a result, if they fit, digits included."""
+        if self.m > result.shape[3] or result.dtype != self.dtype:
+            return None
+        i, t = at
+        # whole tokens of one image, or whole images, lie together
+        place = result.transpose(1, 2)[i, t].view(-1)
+        shape = (i.stop - i.start, self.q.shape[1], t.stop - t.start, self.m)
+        return place[: shape[0] * shape[1] * shape[2] * shape[3]].view(shape)
 
     def kept(self, result: Tensor, at: tuple[slice, slice]) -> Tensor:
         """The rows of P that wait in the place of `result`, or else made again."""
-        if not self.can_keep(result):
-            return self.kernel(at)
-        return self.buffer("p", at, self.m).copy_(result[at[0], :, at[1], : self.m])
+        room = self.room(result, at)
+        return self.kernel(at) if room is None else room
 
     def summarise(self, x: Tensor, weight: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
         """P^T (w x), P left in the place of the result `keep` where it fits."""
         total = x.new_zeros((*self.landmarks.shape[:3], x.shape[3]), dtype=self.dtype)
         for at in self:
-            p, piece = self.kernel(at), self.read("x", x, at)
-            if weight is not None and self.real is None:
-                piece.mul_(weight[at][:, None, :, None])
-            flat(total[at[0]]).baddbmm_(flat(p).mT, flat(piece))
-            if keep is not None and self.can_keep(keep):
-                keep[at[0], :, at[1], : self.m].copy_(p)
+            p = self.kernel(at, None if keep is None else self.room(keep, at))
+            flat(total[at[0]]).baddbmm_(flat(p).mT, flat(self.read(x, at, weight)))
         return total
 
     def apply(self, right: Tensor, out: Tensor, kept: bool = False) -> Tensor:
         """P R, written to `out`."""
         for at in self:
             p = self.kept(out, at) if kept else self.kernel(at)
-            y = self.buffer("x", at, out.shape[3])
+            y = self.buffer("y", at, out.shape[3])
             torch.bmm(flat(p), flat(right[at[0]]), out=flat(y))
             out[at[0], :, at[1]].copy_(y)
         return out
@@ -139,7 +145,6 @@ def _backward(
     *,
     out: tuple[Tensor, Tensor] | None = None,
     value: tuple[Tensor, Tensor] | None = None,
-    weight: Tensor | None = None,
     kept: bool = False,
     grad_read: Tensor | None = None,
     grad_v: Tensor | None = None,
@@ -152,37 +157,33 @@ def _backward(
     """
     m, d = pieces.m, pieces.q.shape[3]
     total, column = torch.zeros_like(pieces.landmarks), torch.zeros_like(pieces.landmarks[..., :1])
-    weighted = weight if weight is not None and pieces.real is None else None
     for at in pieces:
-        p = pieces.kept(grad_q, at) if kept else pieces.kernel(at)
         i, t = at
-        e = pieces.buffer("e", at, m)
-        e.zero_()
+        p = flat(pieces.kept(grad_q, at) if kept else pieces.kernel(at))
+        e, tokens = flat(pieces.buffer("e", at, m)), flat(pieces.tokens(at))
         if out is not None:
-            y = pieces.read("x", out[0], at)
-            flat(e).baddbmm_(flat(y), flat(out[1][i]).mT)
+            y = flat(pieces.read(out[0], at))
+            torch.bmm(y, flat(out[1][i]).mT, out=e)
             if grad_read is not None:
-                flat(grad_read[i]).baddbmm_(flat(p).mT, flat(y))
+                flat(grad_read[i]).baddbmm_(p.mT, y)
         if value is not None:
-            x = pieces.read("x", value[0], at)
-            dv = torch.bmm(flat(p), flat(value[1][i]), out=flat(pieces.buffer("y", at, x.shape[3]))).view_as(x)
-            if weighted is not None:
-                w = weighted[at][:, None, :, None]
-                if grad_w is not None:
-                    grad_w[at].copy_((dv * x).sum((1, 3)))
-                dv.mul_(w)
-                x.mul_(w)
+            x = flat(pieces.read(value[0], at, pieces.weight))
+            e.baddbmm_(x, flat(value[1][i]).mT, beta=0 if out is None else 1)
+            dv = pieces.buffer("y", at, x.shape[2])
+            torch.bmm(p, flat(value[1][i]), out=flat(dv))
+            if pieces.weight is not None:
+                assert grad_w is not None
+                grad_w[at].copy_((dv * pieces.read(value[0], at)).sum((1, 3)))
+                dv.mul_(pieces.weight[at][:, None, :, None])
             if grad_v is not None:
                 grad_v[i, :, t].copy_(dv)
-            flat(e).baddbmm_(flat(x), flat(value[1][i]).mT)
         e.mul_(p)
-        tokens = pieces.tokens(at)
-        flat(total[i]).baddbmm_(flat(e).mT, flat(tokens))
-        column[i] += e.sum(2).unsqueeze(-1)
+        flat(total[i]).baddbmm_(e.mT, tokens)
+        flat(column[i]).add_(e.sum(1).unsqueeze(-1))
         # (E l - (E 1) q) / sqrt d; the squares are not needed any more
-        row = torch.sum(e, -1, keepdim=True, out=pieces.buffer("norms", at, 1))
-        dq = torch.mul(tokens, row, out=pieces.buffer("squares", at, d))
-        flat(dq).baddbmm_(flat(e), flat(pieces.points[i]), beta=-pieces.scale, alpha=pieces.scale)
+        row = torch.sum(e, -1, keepdim=True, out=flat(pieces.buffer("norms", at, 1)))
+        dq = pieces.buffer("squares", at, d)
+        torch.mul(tokens, row, out=flat(dq)).baddbmm_(e, flat(pieces.points[i]), beta=-pieces.scale, alpha=pieces.scale)
         grad_q[i, :, t].copy_(dq)
     return (total - column * pieces.points) * pieces.scale
 
@@ -191,7 +192,8 @@ def _backward(
 def soft_summarise(q: Tensor, v: Tensor, landmarks: Tensor, weight: Tensor | None) -> Tensor:
     """P^T (w V), in float32 or wider."""
     with torch.autocast(q.device.type, enabled=False):
-        return _Pieces(q, landmarks, weight).summarise(v, weight)
+        pieces = _Pieces(q, landmarks, weight)
+        return pieces.summarise(v, pieces.weight)
 
 
 @soft_summarise.register_fake
@@ -208,8 +210,8 @@ def _summarise_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with torch.autocast(q.device.type, enabled=False):
         pieces = _Pieces(q, landmarks, weight)
-        dq, dv, dw = torch.empty_like(q), torch.empty_like(v), _like_weight(q, weight)
-        dl = _backward(pieces, dq, value=(v, grad.to(pieces.dtype)), weight=weight, grad_v=dv, grad_w=dw)
+        dq, dv, dw = _like_tokens(q), _like_tokens(v), _like_weight(q, weight)
+        dl = _backward(pieces, dq, value=(v, grad.to(pieces.dtype)), grad_v=dv, grad_w=dw)
         return dq, dv, dl.to(landmarks.dtype), dw
 
 
@@ -217,7 +219,7 @@ def _summarise_backward(
 def _(
     grad: Tensor, q: Tensor, v: Tensor, landmarks: Tensor, weight: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return torch.empty_like(q), torch.empty_like(v), landmarks.new_empty(landmarks.shape), _like_weight(q, weight)
+    return _like_tokens(q), _like_tokens(v), landmarks.new_empty(landmarks.shape), _like_weight(q, weight)
 
 
 def _save_summarise(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -237,12 +239,12 @@ def soft_apply(q: Tensor, landmarks: Tensor, right: Tensor, weight: Tensor | Non
     """P R, in the dtype of `q`; a floating `weight` changes nothing."""
     with torch.autocast(q.device.type, enabled=False):
         pieces = _Pieces(q, landmarks, weight)
-        return pieces.apply(right.to(pieces.dtype), torch.empty_like(q))
+        return pieces.apply(right.to(pieces.dtype), _like_tokens(q))
 
 
 @soft_apply.register_fake
 def _(q: Tensor, landmarks: Tensor, right: Tensor, weight: Tensor | None) -> Tensor:
-    return torch.empty_like(q)
+    return _like_tokens(q)
 
 
 @_operator(
@@ -255,7 +257,7 @@ def _apply_backward(
     with torch.autocast(q.device.type, enabled=False):
         pieces = _Pieces(q, landmarks, weight)
         wide = right.to(pieces.dtype)
-        dq, dr = torch.empty_like(q), wide.new_zeros(wide.shape)
+        dq, dr = _like_tokens(q), wide.new_zeros(wide.shape)
         dl = _backward(pieces, dq, out=(grad, wide), grad_read=dr)
         return dq, dl.to(landmarks.dtype), dr.to(right.dtype)
 
@@ -264,7 +266,7 @@ def _apply_backward(
 def _(
     grad: Tensor, q: Tensor, landmarks: Tensor, right: Tensor, weight: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(q), landmarks.new_empty(landmarks.shape), right.new_empty(right.shape)
+    return _like_tokens(q), landmarks.new_empty(landmarks.shape), right.new_empty(right.shape)
 
 
 def _save_apply(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -282,14 +284,14 @@ soft_apply.register_autograd(_differentiate_apply, setup_context=_save_apply)
 def soft_mix(q: Tensor, v: Tensor, landmarks: Tensor, z: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
     """P Z (P^T (w V)) in the dtype of `q`, and P^T (w V) in float32 or wider."""
     with torch.autocast(q.device.type, enabled=False):
-        pieces, out = _Pieces(q, landmarks, weight), torch.empty_like(q)
-        total = pieces.summarise(v, weight, keep=out)
+        pieces, out = _Pieces(q, landmarks, weight), _like_tokens(q)
+        total = pieces.summarise(v, pieces.weight, keep=out)
         return pieces.apply(z.to(pieces.dtype) @ total, out, kept=True), total
 
 
 @soft_mix.register_fake
 def _(q: Tensor, v: Tensor, landmarks: Tensor, z: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(q), landmarks.new_empty(landmarks.shape, dtype=_wide(q, landmarks))
+    return _like_tokens(q), landmarks.new_empty(landmarks.shape, dtype=_wide(q, landmarks))
 
 
 @_operator(
@@ -309,13 +311,13 @@ def _mix_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     with torch.autocast(q.device.type, enabled=False):
         pieces = _Pieces(q, landmarks, weight)
-        dq, dv, dw = torch.empty_like(q), torch.empty_like(v), _like_weight(q, weight)
+        dq, dv, dw = _like_tokens(q), _like_tokens(v), _like_weight(q, weight)
         wide = z.to(pieces.dtype)
         # R = Z S, so dZ = dR S^T and dS = Z^T dR
         dr = pieces.summarise(grad, keep=dq)
         ds = wide.mT @ dr + grad_total
         value, out = (v, ds), (grad, wide @ total)
-        dl = _backward(pieces, dq, out=out, value=value, weight=weight, kept=True, grad_v=dv, grad_w=dw)
+        dl = _backward(pieces, dq, out=out, value=value, kept=True, grad_v=dv, grad_w=dw)
         return dq, dv, dl.to(landmarks.dtype), (dr @ total.mT).to(z.dtype), dw
 
 
@@ -331,7 +333,7 @@ def _(
     weight: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     small = landmarks.new_empty(landmarks.shape), z.new_empty(z.shape)
-    return torch.empty_like(q), torch.empty_like(v), *small, _like_weight(q, weight)
+    return _like_tokens(q), _like_tokens(v), *small, _like_weight(q, weight)
 
 
 def _save_mix(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -351,6 +353,12 @@ def _like_weight(q: Tensor, weight: Tensor | None) -> Tensor:
     if weight is None or weight.dtype == torch.bool:
         return q.new_empty(0)
     return weight.new_empty(weight.shape)
+
+
+def _like_tokens(x: Tensor) -> Tensor:
+    """Room for a result like `x`, the heads of a token side by side in memory, as projections have them."""
+    b, h, n, d = x.shape
+    return x.new_empty(b, n, h, d).transpose(1, 2)
 
 
 def _or_none(grad: Tensor, weight: Tensor | None) -> Tensor | None:
