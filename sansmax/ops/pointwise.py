@@ -8,7 +8,7 @@ as they are:
 
 * quadratic: 2 n^2 d, block by block in both passes, so that the n x n matrix never exists; any phi;
 * linear, for powers: (x . y)^p = f(x) . f(y) with the C(d + p - 1, p) distinct products of p channels of x as features,
-  each by the square root of how often it occurs; 2 n features d, and a state of features x d (`PointwiseState`).
+  each by the square root of how often it occurs; 2 n features d, and a state of features x d (`PolynomialState`).
   A bias is one more channel. d = 64: 2,080 features for p = 2, 45,760 for p = 3, 766,480 for p = 4, the last allowed.
 
 The operators here recompute in backward and keep q, k, v and weights only. They have first derivatives, not second.
@@ -16,6 +16,7 @@ The operators here recompute in backward and keep q, k, v and weights only. They
 Shapes: b images, h heads, n tokens, d channels per head, f features.
 """
 
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -31,6 +32,8 @@ ACTIVATIONS = ("relu", "squared_relu", "sigmoid", "polynomial")
 LAST_LINEAR_DEGREE = 4
 # queries and keys of a block on a CPU: two blocks stay in the cache, and products fill the cores
 BLOCK = 512
+# a matrix of no more blocks than this for all heads together is made whole: blocks save no time there, nor much memory
+WHOLE = 8
 
 
 def pointwise_attention(
@@ -71,17 +74,17 @@ def pointwise_attention(
         q, k, v = (x.masked_fill(~real, 0.0) for x in (q, k, v))
     if order == "linear" or (order == "auto" and "linear" in allowed and _linear_is_cheaper(q, degree, bias)):
         weight = None if mask is None else mask.unsqueeze(1).expand(q.shape[:3])
-        state = PointwiseState.of(k, v, weight, degree=degree, bias=bias)
+        state = PolynomialState.of(k, v, weight, degree=degree, bias=bias)
         out = pointwise_attend(state, q, degree=degree, length_exponent=length_exponent, bias=bias)
     else:
         # the length is only a name while a graph is traced; the operator looks at it when it runs
-        small = not torch.compiler.is_compiling() and q.shape[:3].numel() * q.shape[2] <= _block(q) ** 2
+        small = not torch.compiler.is_compiling() and q.shape[:3].numel() * q.shape[2] <= WHOLE * _block(q) ** 2
         f = _direct if small else _blockwise
         out = f(q, k, v, mask, activation, degree, length_exponent, bias)
     return out if real is None else out.masked_fill(~real, 0.0)
 
 
-class PointwiseState(NamedTuple):
+class PolynomialState(NamedTuple):
     """Sums over the tokens seen so far, for a polynomial, in float32 or wider."""
 
     n: Float[Tensor, "*b"]
@@ -96,7 +99,7 @@ class PointwiseState(NamedTuple):
         *,
         degree: int = 2,
         bias: float = 0.0,
-    ) -> "PointwiseState":
+    ) -> "PolynomialState":
         """Sums of one set of tokens; `weight` is True (or 1) for real tokens; any `bias` but 0 is a channel of ones."""
         _check_degree(degree, LAST_LINEAR_DEGREE)
         with torch.autocast(k.device.type, enabled=False):
@@ -106,13 +109,13 @@ class PointwiseState(NamedTuple):
                 k = torch.cat((k, torch.ones_like(k[..., :1])), dim=-1)
             return cls(w.sum(-1), power_sums(k, v * w.unsqueeze(-1), degree))
 
-    def merge(self, other: "PointwiseState") -> "PointwiseState":
+    def merge(self, other: "PolynomialState") -> "PolynomialState":
         """Sums of the union of two disjoint sets of tokens."""
-        return PointwiseState(self.n + other.n, self.products + other.products)
+        return PolynomialState(self.n + other.n, self.products + other.products)
 
 
 def pointwise_attend(
-    state: PointwiseState,
+    state: PolynomialState,
     q: Float[Tensor, "*b n d"],
     *,
     degree: int = 2,
@@ -165,9 +168,12 @@ def _direct(
     q: Tensor, k: Tensor, v: Tensor, mask: Weight, activation: str, degree: int, length_exponent: float, bias: float
 ) -> Tensor:
     """The formula, for so few tokens that the matrix is one block."""
-    with torch.autocast(q.device.type, enabled=False):
+    # at some tens of tokens the time is that of the calls: none without need
+    autocast = torch.is_autocast_enabled(q.device.type)
+    with torch.autocast(q.device.type, enabled=False) if autocast else nullcontext():
         dtype = q.dtype
-        q, k, v = (at_least_float32(x) for x in (q, k, v))
+        if dtype not in (torch.float32, torch.float64):
+            q, k, v = (at_least_float32(x) for x in (q, k, v))
         if mask is None:
             v = v * q.shape[2] ** -length_exponent
         else:
@@ -266,22 +272,24 @@ def _attention_backward(
         for g in groups:
             by, query, key = at_least_float32(gs[g]), at_least_float32(qs[g]) * d**-0.5, at_least_float32(ks[g])
             value = at_least_float32(vs[g]) * ws[g]
-            to_q, to_k, to_v = (torch.zeros_like(value) for _ in "qkv")
+            to_q = torch.zeros_like(value)
+            # channels first: a product by the transpose of a whole block is a third slower
+            to_k, to_v = (torch.zeros_like(value.mT, memory_format=torch.contiguous_format) for _ in "kv")
             for i in _parts(n, side):
                 for j in _parts(n, side):
                     s = _scores(query[:, i], key[:, j], bias, room)
                     p = _activate_twice(s, activation, degree, more)
-                    to_v[:, j].baddbmm_(p.mT, by[:, i])
+                    to_v[:, :, j].baddbmm_(by[:, i].mT, p)
                     if p is s:
                         slope = _scores(by[:, i], value[:, j], 0.0, more)
                     else:
                         slope = torch.bmm(by[:, i], value[:, j].mT, out=p)
                     _chain(slope, s, activation)
                     to_q[:, i].baddbmm_(slope, key[:, j])
-                    to_k[:, j].baddbmm_(slope.mT, query[:, i])
+                    to_k[:, :, j].baddbmm_(query[:, i].mT, slope)
             factor = {"squared_relu": 2.0, "polynomial": float(degree)}.get(activation, 1.0)
-            of_q[g], of_k[g], of_v[g] = to_q * (factor * d**-0.5), to_k * factor, to_v * ws[g]
-            of_weight[g] = (to_v * vs[g]).sum(-1)
+            of_q[g], of_k[g], of_v[g] = to_q * (factor * d**-0.5), to_k.mT * factor, to_v.mT * ws[g]
+            of_weight[g] = (to_v.mT * vs[g]).sum(-1)
         of_weight = of_weight.view(q.shape[:3]).sum(1)
         return of_q.view(q.shape), of_k.view(q.shape), of_v.view(q.shape), of_weight
 

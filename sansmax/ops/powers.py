@@ -11,18 +11,19 @@ Shapes: leading axes are batch and head; n tokens, d channels, e value channels,
 import math
 from functools import lru_cache
 from itertools import combinations_with_replacement, pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
 # features times tokens made at once; enough tokens for full products, and a few megabytes that stay in the cache
-CHUNK = 2**19
+CHUNK = 2**20
 FEWEST_TOKENS = 64
 
 
-def count_features(d: int, degree: int) -> int:
-    """How many distinct products `degree` of `d` channels have."""
-    return math.comb(d + degree - 1, degree)
+def count_features(d: Any, degree: int) -> Any:
+    """How many distinct products `degree` of `d` channels have: C(d + degree - 1, degree), for a traced `d` too."""
+    return math.prod(d + i for i in range(degree)) // math.factorial(degree)
 
 
 @lru_cache(maxsize=16)
