@@ -8,7 +8,7 @@ as they are:
 
 * quadratic: 2 n^2 d, block by block in both passes, so that the n x n matrix never exists; any phi;
 * linear, for powers: (x . y)^p = f(x) . f(y) with the C(d + p - 1, p) distinct products of p channels of x as features,
-  each by the square root of how often it occurs; 2 n features d, and a state of features x d (`PolynomialState`).
+  each by the square root of how often it occurs; 2 n features d, and a state of features x d (`PointwiseState`).
   A bias is one more channel. d = 64: 2,080 features for p = 2, 45,760 for p = 3, 766,480 for p = 4, the last allowed.
 
 The operators here recompute in backward and keep q, k, v and weights only. They have first derivatives, not second.
@@ -74,7 +74,7 @@ def pointwise_attention(
         q, k, v = (x.masked_fill(~real, 0.0) for x in (q, k, v))
     if order == "linear" or (order == "auto" and "linear" in allowed and _linear_is_cheaper(q, degree, bias)):
         weight = None if mask is None else mask.unsqueeze(1).expand(q.shape[:3])
-        state = PolynomialState.of(k, v, weight, degree=degree, bias=bias)
+        state = PointwiseState.of(k, v, weight, degree=degree, bias=bias)
         out = pointwise_attend(state, q, degree=degree, length_exponent=length_exponent, bias=bias)
     else:
         # the length is only a name while a graph is traced; the operator looks at it when it runs
@@ -84,7 +84,7 @@ def pointwise_attention(
     return out if real is None else out.masked_fill(~real, 0.0)
 
 
-class PolynomialState(NamedTuple):
+class PointwiseState(NamedTuple):
     """Sums over the tokens seen so far, for a polynomial, in float32 or wider."""
 
     n: Float[Tensor, "*b"]
@@ -99,7 +99,7 @@ class PolynomialState(NamedTuple):
         *,
         degree: int = 2,
         bias: float = 0.0,
-    ) -> "PolynomialState":
+    ) -> "PointwiseState":
         """Sums of one set of tokens; `weight` is True (or 1) for real tokens; any `bias` but 0 is a channel of ones."""
         _check_degree(degree, LAST_LINEAR_DEGREE)
         with torch.autocast(k.device.type, enabled=False):
@@ -109,13 +109,13 @@ class PolynomialState(NamedTuple):
                 k = torch.cat((k, torch.ones_like(k[..., :1])), dim=-1)
             return cls(w.sum(-1), power_sums(k, v * w.unsqueeze(-1), degree))
 
-    def merge(self, other: "PolynomialState") -> "PolynomialState":
+    def merge(self, other: "PointwiseState") -> "PointwiseState":
         """Sums of the union of two disjoint sets of tokens."""
-        return PolynomialState(self.n + other.n, self.products + other.products)
+        return PointwiseState(self.n + other.n, self.products + other.products)
 
 
 def pointwise_attend(
-    state: PolynomialState,
+    state: PointwiseState,
     q: Float[Tensor, "*b n d"],
     *,
     degree: int = 2,
