@@ -3,23 +3,40 @@
 Every function takes `q, k, v` of shape (B, heads, N, d) and a `mask` (B, N) that is True for real tokens.
 """
 
+from sansmax.ops.inverse import cholesky_inverse, newton_inverse, newton_inverse_halved
+from sansmax.ops.landmarks import LandmarkSums, grid_landmarks, sequence_landmarks
 from sansmax.ops.moments import Mean, Moments
+from sansmax.ops.pointwise import PointwiseState, pointwise_attend, pointwise_attention
 from sansmax.ops.seqnorm import SeqNormState, seqnorm_affine, seqnorm_attend, seqnorm_attention
 from sansmax.ops.sima import L1State, ProjectedL1State, projected_l1, sima_affine, sima_attend, sima_attention
+from sansmax.ops.soft import SoftState, landmark_inverse, soft_attend, soft_attention
 from sansmax.ops.softmax import softmax_attention
 
 __all__ = [
     "L1State",
+    "LandmarkSums",
     "Mean",
     "Moments",
+    "PointwiseState",
     "ProjectedL1State",
     "SeqNormState",
+    "SoftState",
+    "cholesky_inverse",
+    "grid_landmarks",
+    "landmark_inverse",
+    "newton_inverse",
+    "newton_inverse_halved",
+    "pointwise_attend",
+    "pointwise_attention",
     "projected_l1",
     "seqnorm_affine",
     "seqnorm_attend",
     "seqnorm_attention",
+    "sequence_landmarks",
     "sima_affine",
     "sima_attend",
     "sima_attention",
+    "soft_attend",
+    "soft_attention",
     "softmax_attention",
 ]
