@@ -114,6 +114,9 @@ class PointwiseState(NamedTuple):
         return PointwiseState(self.n + other.n, self.products + other.products)
 
 
+PolynomialState = PointwiseState
+
+
 def pointwise_attend(
     state: PointwiseState,
     q: Float[Tensor, "*b n d"],
