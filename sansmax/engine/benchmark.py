@@ -23,6 +23,7 @@ from sansmax.engine.timing import OUT_OF_MEMORY
 from sansmax.engine.workers import Workers
 from sansmax.errors import InputError
 from sansmax.report.benchmark import write_benchmark
+from sansmax.report.scaling import time_text
 from sansmax.report.tables import write_rows
 
 COLUMNS = (
@@ -155,15 +156,15 @@ class _Run:
             return f"{package} is not installed: {INSTALL}"
         if reason := self.refused.get(self._key(case, name)):
             return reason
-        size, reason = self.too_large.get(self._key(case, name), (math.inf, ""))
-        if case.tokens > size:
+        failed, reason = self.too_large.get(self._key(case, name), (math.inf, ""))
+        if case.tokens > failed:
             return reason
         seconds = self.seconds.expected(self._key(case, name), case.tokens)
         if seconds > self.limits.budget:
             return f"would take about {duration(seconds)}"
         mib = self.memory.expected(self._key(case, name, False), case.tokens)
         if mib > self.limits.memory_mib:
-            return f"would need about {mib / 1024:.0f} GiB"
+            return f"would need about {size(mib)}"
         return None
 
     def _memory(self, case: Case, name: str, row: Row) -> None:
@@ -203,7 +204,7 @@ class _Run:
     def _refuse(self, case: Case, row: Row, reason: str) -> None:
         row["reason"] = reason
         if reason == OUT_OF_MEMORY:
-            row["reason"] = f"needs more than {self.limits.memory_mib / 1024:.0f} GiB"
+            row["reason"] = f"needs more than {size(self.limits.memory_mib)}"
             self._give_up(case, row)
         else:
             self.refused[self._key(case, row["contestant"])] = reason
@@ -225,10 +226,15 @@ class _Run:
 
 
 def duration(seconds: float) -> str:
-    """Seconds, or minutes where they are many."""
+    """A time with its unit and two digits, hours and minutes where it is long."""
     if seconds < 120:
-        return f"{seconds:.0f} s" if seconds >= 9.5 else f"{seconds:.1f} s"
+        return f"{seconds:.0f} s" if seconds >= 9.5 else time_text(float(f"{seconds:.2g}"))
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.0f} h"
+
+
+def size(mib: float) -> str:
+    """Memory with its unit."""
+    return f"{mib / 1024:.3g} GiB" if mib >= 1024 else f"{mib:.3g} MiB"
 
 
 @dataclass(frozen=True)

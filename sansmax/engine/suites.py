@@ -95,6 +95,6 @@ def _check_setup(setup: Setup) -> None:
         if dtype not in DTYPES:
             raise unknown_name("dtype", dtype, DTYPES)
     if setup.device not in ("cpu", "cuda"):
-        raise unknown_name("device", setup.device, ("cpu", "cuda"))
+        raise InputError(f"device must be cpu or cuda, got {setup.device!r}")
     if setup.device == "cuda" and not torch.cuda.is_available():
         raise InputError("there is no CUDA device on this machine; leave out --device, or give --device cpu")

@@ -118,7 +118,7 @@ def _nothing() -> None:
 
 
 # what a contestant may answer instead of a time; anything else is a fault of ours
-_OUTCOMES = (NotThere, InputError, RuntimeError, NotImplementedError, MemoryError, TypeError, ValueError, KeyError)
+_OUTCOMES = (NotThere, InputError, RuntimeError, NotImplementedError, MemoryError, TypeError, ValueError)
 
 
 def reason_of(error: Exception) -> str:

@@ -22,6 +22,8 @@ SOFTMAX_COLOURS = ("#cc3311", "#e8836b", "#7a1f0a")
 Lines = dict[str, tuple[np.ndarray, np.ndarray]]
 # width of a panel in points
 PANEL = 310
+# lines whose names, growth and reasons find a place each
+MOST_IN_FULL = 5
 QUANTITIES = (("seconds", "Time of one forward pass"), ("peak_mib", "Peak memory"))
 
 
@@ -59,14 +61,18 @@ def scaling_figure(
     colours = mechanism_colours([name for name in names if name != limit]) | {limit: MUTED}
     found = title or finding([row for row in rows if row["mechanism"] != limit], [n for n in names if n != limit])
     crosses = "crosses: where a mechanism stopped, and why" if any(row.get("reason") for row in rows) else ""
-    figure = new_figure(10.5, 5.3, found, "; ".join(part for part in (note, crosses) if part))
+    brief = len(names) > MOST_IN_FULL
+    if brief:
+        powers = "numbers: power of the number of tokens by which it grows"
+        note = "\n".join(part for part in (note, powers) if part)
+    figure = new_figure(10.5, 6.4 if brief else 5.3, found, "; ".join(part for part in (note, crosses) if part))
     panels, words = figure.subplots(1, 2), []
     for axes, (quantity, of) in zip(panels, ((QUANTITIES[0][0], heading), QUANTITIES[1]), strict=True):
         measured = {name: line_of(rows, name, quantity) for name in names}
         measured = {name: (x, y) for name, (x, y) in measured.items() if len(x)}
         axes.set(xscale="log", yscale="log")
-        axes.set_title(of, pad=32)
-        frame(axes, rows, measured, quantity)
+        axes.set_title(of, pad=32 if any(row.get("image_px") for row in rows) else 8)
+        frame(axes, rows, measured, quantity, brief)
         image_sides(axes, rows)
         words.append(guides(axes, measured))
         for name, (x, y) in measured.items():
@@ -74,7 +80,7 @@ def scaling_figure(
             axes.plot(x, y, style, color=colours[name], markersize=4.5, markeredgecolor="white", markeredgewidth=0.6)
     # placing texts needs the final sizes of both panels
     for axes, (quantity, _), guide_names in zip(panels, QUANTITIES, words, strict=True):
-        ends = end_labels(axes, rows, {name: line_of(rows, name, quantity) for name in names}, colours)
+        ends = end_labels(axes, rows, {name: line_of(rows, name, quantity) for name in names}, colours, brief)
         place_labels(axes, ends + guide_names)
     return figure
 
@@ -134,13 +140,14 @@ def times(ratio: float) -> str:
     return f"{ratio:.0f} times" if ratio >= 9.95 else f"{ratio:.1f} times"
 
 
-def frame(axes: Axes, rows: Sequence[Mapping[str, Any]], measured: Lines, quantity: str) -> None:
+def frame(axes: Axes, rows: Sequence[Mapping[str, Any]], measured: Lines, quantity: str, brief: bool = False) -> None:
     """Limits with room for names at the right, and ticks in units people use."""
     x = np.unique(column(rows, "tokens"))
     y = np.concatenate([np.array([1.0]) if not measured else np.empty(0), *(y for _, y in measured.values())])
     span = max(x.max() / x.min(), 10.0)
     # the names of the lines that reach the end stand at their right
-    letters = max([len(name) for name, (own, _) in measured.items() if own[-1] == x.max()] + [len("slope 1.00")])
+    more = len(" 1.00") if brief else 0
+    letters = max([len(name) + more for name, (own, _) in measured.items() if own[-1] == x.max()] + [len("slope 1.00")])
     part = min(0.45, (14 + LETTER * SIZE * letters) / PANEL)
     axes.set_xlim(x.min() / span**0.04, x.max() * span ** (1.04 * part / (1 - part)))
     axes.set_ylim(y.min() / 2.2, y.max() * 4)
@@ -217,20 +224,23 @@ def slope(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def end_labels(
-    axes: Axes, rows: Sequence[Mapping[str, Any]], measured: Lines, colours: Mapping[str, str]
+    axes: Axes, rows: Sequence[Mapping[str, Any]], measured: Lines, colours: Mapping[str, str], brief: bool = False
 ) -> list[Label]:
-    """The name of each line with its growth; a cross and the reason where it stopped. The lowest end comes first."""
+    """The name of each line with its growth; a cross and the reason where it stopped. The lowest end comes first.
+
+    `brief` has one line each, without the reason: what there is room for beside many lines.
+    """
     labels = []
     for name, (x, y) in measured.items():
         if not len(x):
             continue
         power = slope(x, y)
-        facts = [] if np.isnan(power) else [f"slope {power:.2f}"]
+        facts = [] if np.isnan(power) else [f"{power:.2f}" if brief else f"slope {power:.2f}"]
         stops = [str(row["reason"]) for row in rows if str(row["mechanism"]) == name and row.get("reason")]
         if stops:
             axes.plot(x[-1], y[-1], "X", color=colours[name], markersize=9, markeredgecolor="white", zorder=6)
-            facts.append(stops[0])
-        text = "\n".join([name, *facts])
+            facts += [] if brief else stops[:1]
+        text = (" " if brief else "\n").join([name, *facts])
         labels.append(Label(float(x[-1]), float(y[-1]), text, colours[name]))
     return sorted(labels, key=lambda label: label.y)
 
