@@ -152,6 +152,9 @@ def work(request: dict[str, Any], say: Say) -> None:
 
 def serve(lines: TextIO, say: Say, fork: bool) -> None:
     """Does one request per line until there are no more."""
+    # what the libraries made is never looked at again, so copies of this process share it
+    gc.collect()
+    gc.freeze()
     for line in lines:
         if not fork:
             work(json.loads(line), say)
