@@ -23,7 +23,10 @@ FEWEST_TOKENS = 64
 
 def count_features(d: Any, degree: int) -> Any:
     """How many distinct products `degree` of `d` channels have: C(d + degree - 1, degree), for a traced `d` too."""
-    return math.prod(d + i for i in range(degree)) // math.factorial(degree)
+    count = 1
+    for i in range(degree):
+        count = count * (d + i) // (i + 1)
+    return count
 
 
 @lru_cache(maxsize=16)
