@@ -12,7 +12,8 @@ from networks import GRID, gradients, images, perturbed, small
 from timm.models import group_parameters
 from torch import nn
 
-from sansmax.models.blocks import ORDERS, SeqNormAttention
+from sansmax.models.attention import SeqNormAttention
+from sansmax.models.orders import ORDERS
 
 NAMES = [name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith("sansmax.")]
 

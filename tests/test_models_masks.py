@@ -5,13 +5,18 @@ import torch
 from networks import GRID, gradients, images, perturbed, small
 from torch.utils.flop_counter import FlopCounterMode
 
-from sansmax.models.blocks import ORDERS, Block, SeqNormAttention, SoftmaxAttention, choose_order
+from sansmax.models.attention import SeqNormAttention, SoftmaxAttention
+from sansmax.models.blocks import ATTENTIONS, Block
+from sansmax.models.orders import ORDERS, choose_order
 
 
+@pytest.mark.parametrize("attention", ["seqnorm", "sima"])
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("n", [5, 61])
-def test_mapping_by_the_summary_is_the_block(order, n, assert_same):
-    block = perturbed(Block(22, 2, order=order, init_values=0.5, qkv_bias=True, dtype=torch.float64))
+def test_mapping_by_the_summary_is_the_block(attention, order, n, assert_same):
+    block = perturbed(
+        Block(22, 2, attention=attention, order=order, init_values=0.5, qkv_bias=True, dtype=torch.float64)
+    )
     x = torch.randn(2, n, 22, dtype=torch.float64)
     summary = block.summarise(x)
     assert_same(block.map(summary, x), block(x), "whole")
@@ -23,7 +28,7 @@ def test_mapping_by_the_summary_is_the_block(order, n, assert_same):
 
 @pytest.mark.parametrize("n", [2, 40, 400])
 @pytest.mark.parametrize(("dim", "heads"), [(96, 2), (96, 12), (32, 1)])
-def test_auto_takes_the_order_of_fewest_operations(n, dim, heads):
+def test_auto_takes_the_order_that_is_chosen_and_says_why(n, dim, heads):
     x, block = torch.randn(1, n, dim), SeqNormAttention(dim, heads)
     operations = {}
     for order in ORDERS:
@@ -33,8 +38,6 @@ def test_auto_takes_the_order_of_fewest_operations(n, dim, heads):
         operations[order] = counter.get_total_flops()
     choice = choose_order(n, dim, dim // heads)
     assert operations["auto"] == operations[choice.order]
-    # products with a vector are left out of the choice
-    assert operations["auto"] <= 1.02 * min(operations.values())
     assert f"{n} tokens, {dim} channels, heads of {dim // heads}" in choice.reason
 
 
@@ -44,7 +47,7 @@ def test_each_order_is_the_cheapest_somewhere():
     assert choose_order(4000, 96, 48).order == "moments"
 
 
-@pytest.mark.parametrize("attention", ["seqnorm", "softmax"])
+@pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize("garbage", [7.0, float("nan"), float("inf")])
 def test_padding_of_a_block_may_hold_anything(attention, garbage, assert_same):
     block = perturbed(Block(22, 2, attention=attention, dtype=torch.float64))
@@ -126,12 +129,15 @@ def test_apply_is_the_method_of_modules():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"attention": "linear"}, "attention must be one of seqnorm, softmax, got 'linear'"),
+        ({"attention": "linear"}, "attention must be one of softmax, seqnorm, sima, soft, relu, .* got 'linear'"),
         ({"stem": "pool"}, "stem must be one of patch, conv, got 'pool'"),
-        ({"attn_order": "cubic"}, "order must be one of auto, quadratic, linear, moments, got 'cubic'"),
+        (
+            {"attn_order": "cubic"},
+            "order of seqnorm attention must be one of auto, quadratic, linear, moments, got 'cubic'",
+        ),
         (
             {"attention": "softmax", "attn_order": "linear"},
-            "softmax attention has one order .* leave out order='linear'",
+            "order of softmax attention must be one of auto, quadratic, got 'linear'",
         ),
         ({"qk_norm": True}, "qk_norm cannot be used with seqnorm attention; leave it out"),
         ({"attn_drop_rate": 0.1}, "attn_drop_rate cannot be used with seqnorm attention"),
@@ -177,5 +183,5 @@ def test_softmax_has_no_summary():
     block = Block(22, 2, attention="softmax")
     assert isinstance(block.attn, SoftmaxAttention)
     assert not block.streams
-    with pytest.raises(ValueError, match=r'SoftmaxAttention needs every pair of tokens.*use attention="seqnorm"'):
+    with pytest.raises(ValueError, match=r'SoftmaxAttention has no summary of fixed size.*use attention="seqnorm"'):
         block.summarise(torch.randn(1, 3, 22))

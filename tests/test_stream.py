@@ -233,7 +233,11 @@ def test_memory_is_that_of_a_chunk():
 @pytest.mark.parametrize(
     ("changes", "options", "message"),
     [
-        ({"attention": "softmax"}, {}, r"chunks: softmax attention needs every pair.*seqnorm_vit_tiny_patch16_224"),
+        (
+            {"attention": "softmax"},
+            {},
+            r"chunks: softmax attention has no summary of fixed size.*seqnorm_vit_tiny_patch16_224",
+        ),
         ({"global_pool": "max"}, {}, r"cannot run in chunks: it pools by 'max'.*\(\"avg\" and \"token\" are\)"),
         ({"stem": "conv"}, {}, r"cannot run in chunks: its convolutional stem needs the pixels of neighbouring rows"),
         ({}, {"chunk_tokens": 0}, "chunk_tokens must be at least 1, got 0"),

@@ -10,7 +10,9 @@ Beside timm's contract the model has the pieces that `sansmax.stream` runs in ba
 Shapes: b images, n tokens, t tokens with the prefix, c channels, (gh, gw) the token grid.
 """
 
+from collections.abc import Mapping
 from functools import partial
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -33,12 +35,12 @@ STEMS = {"patch": PatchEmbed, "conv": ConvStem}
 
 
 class VisionTransformer(timm_vit.VisionTransformer):
-    """timm's `VisionTransformer` whose blocks use `attention` ("seqnorm", or "softmax" as the baseline).
+    """timm's `VisionTransformer` whose blocks use `attention` ("seqnorm", "sima", ..., or "softmax" as the baseline).
 
     All arguments of timm's class are taken by name, but for `block_fn`, `attn_layer` and `embed_layer`, which
     `attention` and `stem` set: "patch" is timm's patch embedding, "conv" the overlapping one of `sansmax.models.stem`.
-    `attn_order` forces the order in which SeqNorm layers are computed. Images may have any size that is a multiple of
-    the patch.
+    `attn_order` forces the order in which the layers are computed, `attn_options` go to each of them. Images may have
+    any size that is a multiple of the patch.
 
     Raises ValueError for an attention or a stem that does not exist.
     """
@@ -48,6 +50,7 @@ class VisionTransformer(timm_vit.VisionTransformer):
         *,
         attention: str = "seqnorm",
         attn_order: str = "auto",
+        attn_options: Mapping[str, Any] | None = None,
         stem: str = "patch",
         dynamic_img_size: bool = True,
         **timm_arguments,
@@ -56,7 +59,9 @@ class VisionTransformer(timm_vit.VisionTransformer):
             raise ValueError(f"stem must be one of {', '.join(STEMS)}, got {stem!r}")
         super().__init__(
             embed_layer=STEMS[stem],
-            block_fn=partial(Block, attention=attention, order=attn_order),  # pyright: ignore[reportArgumentType]
+            block_fn=partial(  # pyright: ignore[reportArgumentType]
+                Block, attention=attention, order=attn_order, attn_options=attn_options
+            ),
             dynamic_img_size=dynamic_img_size,
             **timm_arguments,
         )
@@ -111,7 +116,9 @@ class VisionTransformer(timm_vit.VisionTransformer):
     def stream_obstacle(self) -> str | None:
         """Why the network cannot run in chunks of tokens; None where it can."""
         if not all(block.streams for block in self.blocks):
-            return f"{self.attention} attention needs every pair of tokens and has no summary of fixed size"
+            return f"{self.attention} attention has no summary of fixed size that chunks of tokens could share"
+        if any(cast(Block, block).rounds > 1 for block in self.blocks):
+            return f"{self.attention} attention summarises the tokens of a layer more than once"
         if isinstance(self.patch_embed, ConvStem):
             return 'its convolutional stem needs the pixels of neighbouring rows (stem="patch" does not)'
         if self.global_pool not in ("avg", "token"):

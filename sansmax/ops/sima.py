@@ -134,7 +134,9 @@ def _quadratic(q: Tensor, k: Tensor, v: Tensor, weight: Weight, eps: float, refe
 class ProjectedL1State(NamedTuple):
     """What a multi-head layer needs to know of its input: its moments, and the l1 norms of its queries and keys."""
 
-    moments: Moments
+    n: Float[Tensor, "*b"]
+    mean: Float[Tensor, "*b c"]
+    scatter: Float[Tensor, "*b c c"]
     qk_norm: Float[Tensor, "*b e"]
 
     @classmethod
@@ -146,11 +148,11 @@ class ProjectedL1State(NamedTuple):
         weight: Weight = None,
     ) -> "ProjectedL1State":
         """Sums of one set of tokens; `w_qk` and `b_qk` project to queries, then keys."""
-        return cls(Moments.of(x, weight), projected_l1(x, w_qk, b_qk, weight))
+        return cls(*Moments.of(x, weight), projected_l1(x, w_qk, b_qk, weight))
 
     def merge(self, other: "ProjectedL1State") -> "ProjectedL1State":
         """Sums of the union of two disjoint sets of tokens."""
-        return ProjectedL1State(self.moments.merge(other.moments), self.qk_norm + other.qk_norm)
+        return ProjectedL1State(*Moments(*self[:3]).merge(Moments(*other[:3])), self.qk_norm + other.qk_norm)
 
 
 def projected_l1(
@@ -169,8 +171,8 @@ def projected_l1(
 
 def sima_affine(
     state: ProjectedL1State,
-    w_qkv: tuple[Float[Tensor, "c c_in"], Float[Tensor, "c c_in"], Float[Tensor, "c c_in"]],
-    b_qkv: tuple[Float[Tensor, "c"], Float[Tensor, "c"], Float[Tensor, "c"]] | None,
+    w_qkv: Float[Tensor, "c3 c_in"],
+    b_qkv: Float[Tensor, "c3"] | None,
     w_out: Float[Tensor, "c_out c"],
     b_out: Float[Tensor, "c_out"] | None,
     num_heads: int,
@@ -182,24 +184,21 @@ def sima_affine(
 
     With mean mu, scatter G and count n of the tokens, per head: K^T V = W_k G W_v^T + n (W_k mu + b_k)(W_v mu + b_v)^T;
     S = diag(1 / (|Q|_1 |K|_1)) K^T V; M = sum over heads of W_q^T S W_out^T; c = sum of b_q S W_out^T + b_out. Weights
-    are (out, in), as in `nn.Linear`.
+    are (out, in), as in `nn.Linear`; `w_qkv` and `b_qkv` hold queries, keys and values one after the other.
     """
     with torch.autocast(state.qk_norm.device.type, enabled=False):
-        n, mean, scatter = state.moments
-        w_q, w_k, w_v, w_out = (w.to(scatter.dtype) for w in (*w_qkv, w_out))
+        n, mean, scatter, qk_norm = state
+        w_q, w_k, w_v, w_out = (w.to(scatter.dtype) for w in (*w_qkv.chunk(3), w_out))
         d = w_q.shape[0] // num_heads
         k_mean, v_mean = mean @ w_k.mT, mean @ w_v.mT
-        if b_qkv is not None:
-            k_mean, v_mean = k_mean + b_qkv[1], v_mean + b_qkv[2]
+        b_q, b_k, b_v = (None, 0.0, 0.0) if b_qkv is None else b_qkv.to(scatter.dtype).chunk(3)
+        k_mean, v_mean = k_mean + b_k, v_mean + b_v
         kv = (w_k @ scatter).unflatten(-2, (num_heads, d)) @ w_v.unflatten(0, (num_heads, d)).mT
         k_mean, v_mean = (m.unflatten(-1, (num_heads, d)) for m in (k_mean, v_mean))
         kv = kv + n[:, None, None, None] * (k_mean.unsqueeze(-1) * v_mean.unsqueeze(-2))
-        q_norm, k_norm = (m.unflatten(-1, (num_heads, d)) for m in state.qk_norm.chunk(2, dim=-1))
+        q_norm, k_norm = (m.unflatten(-1, (num_heads, d)) for m in qk_norm.chunk(2, dim=-1))
         s = L1State(n.unsqueeze(-1), q_norm, k_norm, kv).folded(eps, reference_tokens)
         read = (s @ w_out.mT.unflatten(0, (num_heads, d))).flatten(-3, -2)
         m = w_q.mT @ read
-        c = read.new_zeros(()) if b_out is None else b_out.to(read.dtype)
-        c = c + (
-            b_qkv[0].to(read.dtype) @ read if b_qkv is not None else read.new_zeros(read.shape[:1] + read.shape[-1:])
-        )
-        return m, c
+        c = read.new_zeros(read.shape[0], read.shape[-1]) if b_q is None else b_q @ read
+        return m, c if b_out is None else c + b_out

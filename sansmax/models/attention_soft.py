@@ -1,0 +1,191 @@
+"""The SOFT layer: attention to landmarks, https://arxiv.org/abs/2110.11945 and https://arxiv.org/abs/2207.03341.
+
+Keys are the queries, so there are projections to queries and values only. The landmarks are made of the queries,
+
+* pooled to a fixed number (`num_landmarks`), for token sets of any length, with or without a grid: linear cost; or
+* by a convolution on the token grid (`ratio`, its kernel and stride), LayerNorm and GELU, as published: their number
+  grows with the image, and the cost with n^2 / ratio^2.
+
+Pooled landmarks are averages of queries, and so projections of averages of tokens: the layer reads the tokens once
+for those averages, once for P^T V, and once to map them.
+
+Shapes: b images, n tokens, c channels, h heads, d channels per head, m landmarks.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from sansmax.ops.checks import check_choice, check_mask
+from sansmax.ops.landmarks import LandmarkSums, sequence_groups
+from sansmax.ops.moments import Weight, without_padding
+from sansmax.ops.soft import INVERSES, SoftState, landmark_inverse, soft_attention
+from sansmax.ops.soft_pieces import soft_apply
+
+
+class Place(NamedTuple):
+    """Where a chunk of tokens stands: how many real tokens come before it, and how many there are, per image."""
+
+    first: Int[Tensor, "b"]
+    total: Int[Tensor, "b"]
+
+
+class Landmarks(NamedTuple):
+    """Landmarks of each head, and which of them are real."""
+
+    values: Float[Tensor, "b h m d"]
+    real: Bool[Tensor, "b m"] | None
+
+
+class Reading(NamedTuple):
+    """What maps a query to its output: the kernel with the landmarks, times `right`."""
+
+    landmarks: Float[Tensor, "b h m d"]
+    right: Float[Tensor, "b h m d"]
+
+
+class SoftAttention(nn.Module):
+    """SOFT attention (`normalized=True`: SOFT++) with landmarks pooled or convolved from the queries.
+
+    `inverse` is "cholesky" (exact), "newton" (the published SOFT, unfinished on purpose) or "halved" (SOFT++); see
+    `sansmax.ops.inverse`. `ratio` asks for landmarks by convolution, and `forward` then needs the `grid` of tokens.
+
+    Raises ValueError if `dim` is not a multiple of `num_heads`, and for choices that do not exist.
+    """
+
+    mechanism = "soft"
+    orders = ("auto", "quadratic", "linear")
+    rounds = 2
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        qkv_bias: bool = False,
+        proj_bias: bool = True,
+        proj_drop: float = 0.0,
+        order: str = "auto",
+        *,
+        num_landmarks: int = 49,
+        ratio: int | None = None,
+        inverse: str = "cholesky",
+        normalized: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"embed_dim {dim} is not divisible by num_heads {num_heads}")
+        check_choice("order", order, self.orders, "soft attention")
+        check_choice("inverse", inverse, INVERSES, "soft attention")
+        for name, value in (("num_landmarks", num_landmarks), ("ratio", 1 if ratio is None else ratio)):
+            if value < 1:
+                raise ValueError(f"{name} of soft attention must be at least 1, got {value}")
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.num_heads, self.order, self.num_landmarks, self.ratio = num_heads, order, num_landmarks, ratio
+        self.options: dict[str, Any] = {"inverse": inverse, "normalized": normalized}
+        self.q = nn.Linear(dim, dim, bias=qkv_bias, **factory)
+        self.v = nn.Linear(dim, dim, bias=qkv_bias, **factory)
+        self.proj = nn.Linear(dim, dim, bias=proj_bias, **factory)
+        self.proj_drop = nn.Dropout(proj_drop)
+        if ratio is not None:
+            # one convolution for all heads
+            d = dim // num_heads
+            self.landmark_conv = nn.Conv2d(d, d, kernel_size=ratio, stride=ratio, bias=False, **factory)
+            self.landmark_norm = nn.LayerNorm(d, eps=1e-5, **factory)
+
+    @property
+    def streams(self) -> bool:
+        """Whether the layer has the two phases; a convolution needs whole rows of neighbours."""
+        return self.ratio is None
+
+    def forward(
+        self, x: Float[Tensor, "b n c"], mask: Weight = None, grid: tuple[int, int] | None = None
+    ) -> Float[Tensor, "b n c"]:
+        """Attention over all tokens at once; `grid` is the (height, width) of the tokens in row-major order."""
+        check_mask(mask, x.shape[0], x.shape[1])
+        x = without_padding(x, mask)
+        q = self._heads(self.q(x))
+        if self.ratio is None:
+            landmarks = self._pooled(
+                LandmarkSums.of(x, sequence_groups(x, self.num_landmarks, mask), self.num_landmarks, mask)
+            )
+        else:
+            landmarks = Landmarks(self._convolved(q, mask, grid), None)
+        out = soft_attention(
+            q,
+            self._heads(self.v(x)),
+            landmarks.values,
+            mask=mask,
+            landmark_mask=landmarks.real,
+            order=self.order,
+            **self.options,
+        )
+        return self._out(out)
+
+    def _heads(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b h n d"]:
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+    def _out(self, heads: Float[Tensor, "b h n d"]) -> Float[Tensor, "b n c"]:
+        return self.proj_drop(self.proj(heads.transpose(1, 2).flatten(2)))
+
+    def _pooled(self, sums: LandmarkSums) -> Landmarks:
+        # in the precision of the sums: the inverse amplifies rounding
+        dtype, real, bias = sums.total.dtype, sums.real(), self.q.bias
+        with torch.autocast(sums.total.device.type, enabled=False):
+            values = F.linear(sums.value(), self.q.weight.to(dtype), None if bias is None else bias.to(dtype))
+        return Landmarks(self._heads(values).masked_fill(~real[:, None, :, None], 0.0), real)
+
+    def _convolved(
+        self, q: Float[Tensor, "b h n d"], mask: Weight, grid: tuple[int, int] | None
+    ) -> Float[Tensor, "b h m d"]:
+        n, d = q.shape[-2:]
+        assert self.ratio is not None
+        if grid is None or grid[0] * grid[1] != n:
+            raise ValueError(
+                f"landmarks by convolution need the grid of the {n} tokens as grid=(height, width), got {grid}; "
+                "for tokens without a grid build the layer with ratio=None"
+            )
+        if min(grid) < self.ratio:
+            raise ValueError(f"a token grid of {grid[0]} x {grid[1]} is smaller than the landmark ratio {self.ratio}")
+        if mask is not None:
+            raise ValueError(
+                "landmarks by convolution mix neighbours and cannot leave out masked tokens; "
+                "build the layer with ratio=None, or give images without padding"
+            )
+        # the published code convolves queries divided by d^(1/4), and compares these with the landmarks
+        x = (q * d**-0.25).transpose(-1, -2).flatten(0, 1).unflatten(-1, grid)
+        x = self.landmark_conv(x).flatten(2).mT
+        x = F.gelu(self.landmark_norm(x)) * d**0.25
+        return x.unflatten(0, (-1, self.num_heads))
+
+    # The two phases, for pooled landmarks
+
+    def summarise(
+        self,
+        x: Float[Tensor, "b n c"],
+        mask: Weight = None,
+        known: Landmarks | None = None,
+        place: Place | None = None,
+    ) -> LandmarkSums | SoftState:
+        """Sums of tokens per landmark; with the landmarks `known`, P^T V. `place` says where a chunk stands."""
+        if known is not None:
+            return SoftState.of(self._heads(self.q(x)), self._heads(self.v(x)), known.values, mask)
+        where = {} if place is None else {"first": place.first, "total": place.total}
+        groups = sequence_groups(x, self.num_landmarks, mask, **where)
+        return LandmarkSums.of(x, groups, self.num_landmarks, mask)
+
+    def finish(self, state: LandmarkSums | SoftState, known: Landmarks | None = None) -> Landmarks | Reading:
+        """The landmarks from the sums of all tokens, and what `map` needs from P^T V of all tokens."""
+        if isinstance(state, LandmarkSums):
+            return self._pooled(state)
+        assert known is not None
+        inverse = landmark_inverse(known.values, known.real, **self.options)
+        return Reading(known.values, inverse.to(state.pv.dtype) @ state.pv)
+
+    def map(self, finished: Reading, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
+        """The layer's output for tokens that are counted in the finished state."""
+        return self._out(soft_apply(self._heads(self.q(x)), finished.landmarks, finished.right, None))

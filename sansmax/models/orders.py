@@ -1,0 +1,63 @@
+"""Which order of computation a layer takes, and why: one function for every mechanism that has several.
+
+The orders of a mechanism give the same numbers; only their cost differs. The cost here is counted in multiplications,
+and what does not multiply is counted as the multiplications that fit into its time (see `ELEMENT`).
+"""
+
+from typing import NamedTuple
+
+import torch
+
+ORDERS = ("auto", "quadratic", "linear", "moments")
+
+
+class Choice(NamedTuple):
+    """The order in which a layer is computed, and why."""
+
+    order: str
+    reason: str
+
+
+def choose_order(
+    num_tokens: int,
+    embed_dim: int,
+    head_dim: int,
+    batch: int = 1,
+    device: torch.device | str = "cpu",
+    mechanism: str = "seqnorm",
+) -> Choice:
+    """The cheapest order of a layer of `mechanism` ("seqnorm" or "sima") for `batch` images of `num_tokens` tokens.
+
+    While a graph is made for any number of tokens (`torch.export` with dynamic shapes) that number is not known; the
+    order is then "moments", whose cost grows least.
+    """
+    if isinstance(num_tokens, torch.SymInt):
+        return Choice("moments", "the number of tokens is not known while the graph is made")
+    # a number that is not known must not be looked at: the graph would hold for one value of it
+    batch = 1 if isinstance(batch, torch.SymInt) else batch
+    costs = COSTS[mechanism](num_tokens, embed_dim, head_dim)
+    order = min(costs, key=lambda name: costs[name])
+    mega = ", ".join(f"{name} {batch * cost / 1e6:.3g}" for name, cost in costs.items())
+    size = f"{batch} x {num_tokens} tokens, {embed_dim} channels, heads of {head_dim} on {torch.device(device).type}"
+    return Choice(order, f"cheapest for {size} (million multiplications: {mega})")
+
+
+def seqnorm_costs(n: int, c: int, d: int) -> dict[str, int]:
+    """Multiplications of one image: four projections or two moments of n c^2, then what the order adds."""
+    return {
+        "moments": 2 * n * c * c + 4 * c**3 + 2 * c * c * d,
+        "linear": 4 * n * c * c + 2 * n * c * d,
+        "quadratic": 4 * n * c * c + 2 * n * n * c,
+    }
+
+
+def sima_costs(n: int, c: int, d: int) -> dict[str, int]:
+    """Multiplications of one image; the l1 norms need Q and K in every order."""
+    return {
+        "moments": 4 * n * c * c + 2 * c**3 + 2 * c * c * d,
+        "linear": 4 * n * c * c + 2 * n * c * d,
+        "quadratic": 4 * n * c * c + 2 * n * n * c,
+    }
+
+
+COSTS = {"seqnorm": seqnorm_costs, "sima": sima_costs}
