@@ -26,7 +26,13 @@ def newton_inverse(a: Float[Tensor, "*b m m"], steps: int = 20, ridge: float = 0
     alpha = 1.8 / (largest row sum of A, without the ridge)^2. The gradient is -Z^T G Z^T from the result Z, finished
     or not, as in the published code; where the iteration has not converged it differs from the derivative of the
     steps.
+
+    Raises ValueError for a ridge outside 0 to 0.05: alpha does not count it, and a larger one makes the steps diverge.
     """
+    if not 0 <= ridge <= 0.05:
+        raise ValueError(
+            f"ridge of Newton's iteration must be between 0 and 0.05, got {ridge}; use the Cholesky inverse for another"
+        )
     with torch.autocast(a.device.type, enabled=False):
         a = at_least_float32(a)
         return _NewtonInverse.apply(a, steps, ridge)

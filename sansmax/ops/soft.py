@@ -23,8 +23,8 @@ from torch import Tensor
 
 from sansmax.ops.checks import check_choice, check_tokens
 from sansmax.ops.inverse import cholesky_inverse, newton_inverse, newton_inverse_halved
-from sansmax.ops.moments import Weight, at_least_float32
-from sansmax.ops.soft_pieces import soft_apply, soft_mix, soft_summarise
+from sansmax.ops.moments import Weight, at_least_float32, without_padding
+from sansmax.ops.soft_pieces import soft_apply, soft_mix, soft_rows, soft_summarise
 
 ORDERS = ("auto", "linear", "quadratic")
 INVERSES = ("newton", "halved", "cholesky")
@@ -196,6 +196,62 @@ def soft_attention(
             return (p @ (z.to(p.dtype) @ (p.mT @ wv))).to(q.dtype)
         rows = (p @ z.to(p.dtype)).split(ROWS, dim=2)
         return torch.cat([(r @ p.mT) @ wv for r in rows], dim=2).to(q.dtype)
+
+
+class SoftLayerState(NamedTuple):
+    """P^T X and P^T 1 over the tokens seen so far, k = h m rows for all heads; in float32 or wider."""
+
+    px: Float[Tensor, "b k c"]
+    p: Float[Tensor, "b k"]
+
+    @classmethod
+    def of(
+        cls,
+        rows: Float[Tensor, "b n k"],
+        x: Float[Tensor, "b n c"],
+        weight: Bool[Tensor, "b n"] | Float[Tensor, "b n"] | None = None,
+    ) -> "SoftLayerState":
+        """Sums of one set of tokens `x` (the layer's input) and their `rows` of P."""
+        with torch.autocast(x.device.type, enabled=False):
+            x = without_padding(x, weight).to(rows.dtype)
+            if weight is not None:
+                rows = rows * weight.to(rows.dtype).unsqueeze(-1)
+            return cls(rows.mT @ x, rows.sum(1))
+
+    def merge(self, other: "SoftLayerState") -> "SoftLayerState":
+        """Sums of the union of two disjoint sets of tokens."""
+        return SoftLayerState(self.px + other.px, self.p + other.p)
+
+
+def soft_layer_rows(
+    q: Float[Tensor, "b h n d"],
+    landmarks: Float[Tensor, "b h m d"],
+    mask: Bool[Tensor, "b n"] | Float[Tensor, "b n"] | None = None,
+) -> Float[Tensor, "b n k"]:
+    """The rows of P of each token, those of all heads side by side (k = h m); zero at masked tokens."""
+    return soft_rows(q, landmarks, mask)
+
+
+def soft_affine(
+    state: SoftLayerState,
+    z: Float[Tensor, "b h m m"],
+    w_v: Float[Tensor, "e c"],
+    b_v: Float[Tensor, "e"] | None,
+    w_out: Float[Tensor, "c_out e"],
+) -> Float[Tensor, "b k c_out"]:
+    """The multi-head layer after its kernel as one matrix R: Y = rows @ R + b_out, V and head outputs never made.
+
+    Per head: P^T V = (P^T X) W_v^T + (P^T 1) b_v, R_h = Z (P^T V) W_out^T; with `rows` from `soft_layer_rows`, `state`
+    their `SoftLayerState`, `z` from `landmark_inverse`, and weights (out, in) as in `nn.Linear`, e = h d. Products of
+    2 n h m (c + c_out) in place of 2 n (e c + e c_out + 2 e m): it pays where m < d.
+    """
+    with torch.autocast(state.px.device.type, enabled=False):
+        h, m = z.shape[1:3]
+        dtype = state.px.dtype
+        pv = state.px.unflatten(1, (h, m)) @ w_v.to(dtype).unflatten(0, (h, -1)).mT
+        if b_v is not None:
+            pv = pv + state.p.unflatten(1, (h, m)).unsqueeze(-1) * b_v.to(dtype).view(h, 1, -1)
+        return (z.to(dtype) @ pv @ w_out.to(dtype).mT.unflatten(0, (h, -1))).flatten(1, 2)
 
 
 def _plain(q: Tensor, landmarks: Tensor, weight: Tensor | None, v: Tensor | None = None) -> tuple[Tensor, Tensor]:

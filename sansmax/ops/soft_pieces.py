@@ -3,10 +3,12 @@
     soft_summarise   S = P^T (w V)             P = exp(-|q - l|^2 / (2 sqrt d)), one column per landmark
     soft_apply       out = P R
     soft_mix         out = P Z (P^T (w V))     both at once, with the m x m matrix Z between them
+    soft_rows        P itself, for layers that multiply it with something else than V
 
-P is never whole. Tokens pass in pieces small enough for the cache, through buffers that are used again. Where the
-result is as wide as P (m <= d, and not of 16 bit) `soft_mix` computes P once: its rows wait in the place of the result
-rows that are made of them; else it computes P twice. Backward keeps inputs and m-sized matrices, and computes P again.
+Without `soft_rows` P is never whole. Tokens pass in pieces small enough for the cache, through buffers that are used
+again. Where a row of P fits into a row of the result (m <= d, and not of 16 bit) `soft_mix` computes P once: its rows
+wait in the place of the results that are made of them; else it computes P twice. Backward keeps inputs and m-sized
+matrices, and computes P again.
 
 These are `torch.library` operators: opaque to compile and export, with first derivatives only.
 
@@ -152,15 +154,14 @@ def _backward(
 ) -> Tensor:
     """Gradients of out = P R, given (gradient of out, R), and of S = P^T (w V), given (V, gradient of S).
 
-    dP = dout R^T + (w V) dS^T, and with E = dP * P: dq = (E l - (E 1) q) / sqrt d, dl = (E^T q - (E^T 1) l) / sqrt d.
+    dP = dout R^T + (w V) dS^T, dR = P^T dout, dV = w P dS.
     Writes those of q, R, V and w, and returns that of the landmarks.
     """
-    m, d = pieces.m, pieces.q.shape[3]
-    total, column = torch.zeros_like(pieces.landmarks), torch.zeros_like(pieces.landmarks[..., :1])
+    sums = _landmark_sums(pieces)
     for at in pieces:
         i, t = at
         p = flat(pieces.kept(grad_q, at) if kept else pieces.kernel(at))
-        e, tokens = flat(pieces.buffer("e", at, m)), flat(pieces.tokens(at))
+        e, tokens = flat(pieces.buffer("e", at, pieces.m)), flat(pieces.tokens(at))
         if out is not None:
             y = flat(pieces.read(out[0], at))
             torch.bmm(y, flat(out[1][i]).mT, out=e)
@@ -177,15 +178,31 @@ def _backward(
                 dv.mul_(pieces.weight[at][:, None, :, None])
             if grad_v is not None:
                 grad_v[i, :, t].copy_(dv)
-        e.mul_(p)
-        flat(total[i]).baddbmm_(e.mT, tokens)
-        flat(column[i]).add_(e.sum(1).unsqueeze(-1))
-        # (E l - (E 1) q) / sqrt d; the squares are not needed any more
-        row = torch.sum(e, -1, keepdim=True, out=flat(pieces.buffer("norms", at, 1)))
-        dq = pieces.buffer("squares", at, d)
-        torch.mul(tokens, row, out=flat(dq)).baddbmm_(e, flat(pieces.points[i]), beta=-pieces.scale, alpha=pieces.scale)
-        grad_q[i, :, t].copy_(dq)
-    return (total - column * pieces.points) * pieces.scale
+        _through_kernel(pieces, at, e.mul_(p), tokens, grad_q, sums)
+    return _of_landmarks(pieces, sums)
+
+
+def _through_kernel(
+    pieces: _Pieces, at: tuple[slice, slice], e: Tensor, tokens: Tensor, grad_q: Tensor, sums: tuple[Tensor, Tensor]
+) -> None:
+    """Of E = dP * P of one piece: writes dq = (E l - (E 1) q) / sqrt d, and adds E^T q and E^T 1 to the sums."""
+    i, t = at
+    flat(sums[0][i]).baddbmm_(e.mT, tokens)
+    flat(sums[1][i]).add_(e.sum(1).unsqueeze(-1))
+    row = torch.sum(e, -1, keepdim=True, out=flat(pieces.buffer("norms", at, 1)))
+    # the squares are not needed any more
+    dq = pieces.buffer("squares", at, pieces.q.shape[3])
+    torch.mul(tokens, row, out=flat(dq)).baddbmm_(e, flat(pieces.points[i]), beta=-pieces.scale, alpha=pieces.scale)
+    grad_q[i, :, t].copy_(dq)
+
+
+def _landmark_sums(pieces: _Pieces) -> tuple[Tensor, Tensor]:
+    return torch.zeros_like(pieces.landmarks), torch.zeros_like(pieces.landmarks[..., :1])
+
+
+def _of_landmarks(pieces: _Pieces, sums: tuple[Tensor, Tensor]) -> Tensor:
+    """dl = (E^T q - (E^T 1) l) / sqrt d."""
+    return (sums[0] - sums[1] * pieces.points) * pieces.scale
 
 
 @_operator("soft_summarise", "(Tensor q, Tensor v, Tensor landmarks, Tensor? weight) -> Tensor")
@@ -346,6 +363,55 @@ def _differentiate_mix(ctx: Any, grad: Tensor, grad_total: Tensor) -> tuple[Tens
 
 
 soft_mix.register_autograd(_differentiate_mix, setup_context=_save_mix)
+
+
+@_operator("soft_rows", "(Tensor q, Tensor landmarks, Tensor? weight) -> Tensor")
+def soft_rows(q: Tensor, landmarks: Tensor, weight: Tensor | None) -> Tensor:
+    """P itself as (b, n, h m), in float32 or wider; zero at tokens that are none."""
+    with torch.autocast(q.device.type, enabled=False):
+        pieces, (b, h, n, _) = _Pieces(q, landmarks, weight), q.shape
+        out = q.new_empty(b, n, h, pieces.m, dtype=pieces.dtype).transpose(1, 2)
+        for at in pieces:
+            out[at[0], :, at[1]].copy_(pieces.kernel(at))
+        return out.transpose(1, 2).flatten(2)
+
+
+@soft_rows.register_fake
+def _(q: Tensor, landmarks: Tensor, weight: Tensor | None) -> Tensor:
+    b, h, n, _ = q.shape
+    return q.new_empty(b, n, h * landmarks.shape[2], dtype=_wide(q, landmarks))
+
+
+@_operator(
+    "soft_rows_backward", "(Tensor grad, Tensor p, Tensor q, Tensor landmarks, Tensor? weight) -> (Tensor, Tensor)"
+)
+def _rows_backward(
+    grad: Tensor, p: Tensor, q: Tensor, landmarks: Tensor, weight: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    with torch.autocast(q.device.type, enabled=False):
+        pieces, dq, heads = _Pieces(q, landmarks, weight), _like_tokens(q), (q.shape[1], landmarks.shape[2])
+        sums, grad, p = _landmark_sums(pieces), grad.unflatten(2, heads), p.unflatten(2, heads)
+        for i, t in pieces:
+            e = pieces.buffer("e", (i, t), pieces.m)
+            torch.mul(grad[i, t].transpose(1, 2), p[i, t].transpose(1, 2), out=e)
+            _through_kernel(pieces, (i, t), flat(pieces.clear(e, (i, t))), flat(pieces.tokens((i, t))), dq, sums)
+        return dq, _of_landmarks(pieces, sums).to(landmarks.dtype)
+
+
+@_rows_backward.register_fake
+def _(grad: Tensor, p: Tensor, q: Tensor, landmarks: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+    return _like_tokens(q), landmarks.new_empty(landmarks.shape)
+
+
+def _save_rows(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    ctx.save_for_backward(output, *inputs)
+
+
+def _differentiate_rows(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return *_rows_backward(grad, *ctx.saved_tensors), None
+
+
+soft_rows.register_autograd(_differentiate_rows, setup_context=_save_rows)
 
 
 def _like_weight(q: Tensor, weight: Tensor | None) -> Tensor:
