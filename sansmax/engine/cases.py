@@ -1,14 +1,16 @@
 """What the benchmark measures: the cases of each suite, by name."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 PRODUCTS = "products alone"
 BASELINE = "softmax"
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 DIRECTIONS = ("forward", "forward+backward")
-ORDERS = ("auto", "quadratic", "linear", "moments")
+CHOSEN = "auto"
+FORCED = ("quadratic", "linear", "moments")
 SUITES = {
     "attention": "attention layers and encoders against their peers, over the number of tokens",
     "orders": "the order of computation that a layer chooses against each forced one",
@@ -99,23 +101,27 @@ def attention_cases(kinds: Sequence[str], contestants: Sequence[str], setup: Set
     return found
 
 
-def order_cases(mechanisms: Sequence[str], setup: Setup) -> list[Case]:
+def order_cases(orders: Mapping[str, Sequence[str]], setup: Setup) -> list[Case]:
     """A grid of sizes for the choice of each mechanism against its forced orders; heads of 64 channels."""
     dims = (setup.dim,) if setup.dim else (64, 384) if setup.quick else ORDER_DIMS
     batches = (setup.batch,) if setup.batch else (1, 8) if setup.quick else ORDER_BATCHES
     sizes = setup.tokens or (ORDER_TOKENS[::2] if setup.quick else ORDER_TOKENS)
-    found = []
-    for machine in setup.machines():
-        for mechanism in mechanisms:
-            names = tuple(f"{mechanism}:{order}" for order in ORDERS)
-            for direction in setup.directions or ("forward",):
-                for batch in batches:
-                    for dim in dims:
-                        heads = setup.heads or max(1, dim // 64)
-                        for tokens in sizes:
-                            how = {"batch": batch, "direction": direction, **machine}
-                            found.append(Case("orders", "layer", tokens, dim, heads, names, **how))
-    return found
+    directions = setup.directions or DIRECTIONS[:1]
+    grid = product(setup.machines(), orders, directions, batches, dims, sizes)
+    return [
+        Case(
+            "orders",
+            "layer",
+            tokens,
+            dim,
+            setup.heads or max(1, dim // 64),
+            (f"{name}:{CHOSEN}", *(f"{name}:{order}" for order in orders[name])),
+            batch=batch,
+            direction=direction,
+            **machine,
+        )
+        for machine, name, direction, batch, dim, tokens in grid
+    ]
 
 
 def target_cases(setup: Setup) -> list[Case]:

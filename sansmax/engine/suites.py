@@ -7,6 +7,7 @@ import torch
 from sansmax.engine.cases import (
     DIRECTIONS,
     DTYPES,
+    FORCED,
     PRODUCTS,
     SUITES,
     Case,
@@ -41,7 +42,7 @@ def cases_of(
             raise InputError("the suite targets has its own contestants; leave them out")
         return target_cases(setup)
     if suite == "orders":
-        cases = order_cases(_with_orders(contestants), setup)
+        cases = order_cases(_orders_of(contestants), setup)
     else:
         # a peer that is not installed is left out with a reason, unless it was asked for
         for name in contestants or ():
@@ -54,21 +55,27 @@ def cases_of(
     return cases
 
 
-def _with_orders(names: Sequence[str] | None) -> list[str]:
-    """The mechanisms whose order can be forced, or those named."""
-    found = []
+def _orders_of(names: Sequence[str] | None) -> dict[str, list[str]]:
+    """The forced orders of the mechanisms named, or of those that choose among all."""
+    found = {}
     for name in names or ATTENTIONS:
         mechanism, options = parsed(name)
         if options or mechanism in PEERS:
             raise InputError(f"the suite orders takes mechanisms of the package, without an order, got {name!r}")
-        try:
-            _check_buildable(f"{name}:moments", 64, 1)
-        except InputError:
-            if names:
-                raise
-            continue
-        found.append(name)
+        orders = [order for order in FORCED if _can_be_built(f"{name}:{order}")]
+        if names and len(orders) < 2:
+            raise InputError(f"{name} has one order of computation; the suite orders takes those that choose")
+        if names or len(orders) == len(FORCED):
+            found[name] = orders
     return found
+
+
+def _can_be_built(name: str) -> bool:
+    try:
+        _check_buildable(name, 64, 1)
+    except InputError:
+        return False
+    return True
 
 
 def _check_buildable(name: str, dim: int, heads: int) -> None:

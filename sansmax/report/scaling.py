@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SOFTMAX_COLOURS = ("#cc3311", "#e8836b", "#7a1f0a")
+# for the eighth line and on
+MORE_COLOURS = ("#2e6f40", "#a0522d", "#1b2a6b")
 Lines = dict[str, tuple[np.ndarray, np.ndarray]]
 # width of a panel in points
 PANEL = 310
@@ -87,7 +89,7 @@ def scaling_figure(
 
 def mechanism_colours(names: Sequence[str]) -> dict[str, str]:
     """Softmax and its variants are always red; the others take the palette in their order."""
-    reds, others = cycle(SOFTMAX_COLOURS), cycle(c for c in COLOURS if c != COLOURS[3])
+    reds, others = cycle(SOFTMAX_COLOURS), cycle((*(c for c in COLOURS if c != COLOURS[3]), *MORE_COLOURS))
     return {name: next(reds) if is_softmax(name) else next(others) for name in names}
 
 
