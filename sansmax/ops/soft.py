@@ -71,14 +71,16 @@ def landmark_inverse(
         if inverse == "cholesky" and landmarks.device.type != "mps":
             # near landmarks make the kernel singular to float32, and m is small
             landmarks = landmarks.double()
-        pair = None
+        eye = torch.eye(landmarks.shape[2], dtype=torch.bool, device=landmarks.device)
+        pair, others = None, ~eye
         if landmark_mask is not None:
             landmarks = landmarks.masked_fill(~landmark_mask[:, None, :, None], 0.0)
             pair = (landmark_mask.unsqueeze(-1) & landmark_mask.unsqueeze(-2)).unsqueeze(1)
+            others = pair & others
         a = soft_kernel(landmarks, landmarks)
-        if pair is not None:
-            # rows of the identity: they do not touch the others, and no row sum of a kernel is less than 1
-            a = torch.where(pair, a, torch.eye(a.shape[-1], dtype=a.dtype, device=a.device))
+        # ones on the diagonal to the last digit: 2^20 times its rounding would be left where SOFT++'s iteration gives
+        # 0. And rows of the identity for what is none: they do not touch the others, whose row sums are 1 or more
+        a = torch.where(others, a, eye.to(a.dtype))
         if inverse == "newton":
             z = newton_inverse(a, steps, ridge)
         elif inverse == "halved":
@@ -176,7 +178,7 @@ def soft_attention(
     Raises ValueError for a choice that the mechanism lacks, shapes or types that do not fit, and no tokens.
     """
     check_tokens(mask, q=q, v=v)
-    _check_landmarks(q, landmarks, landmark_mask)
+    check_landmarks(q, landmarks, landmark_mask)
     check_choice("order", order, ORDERS, "soft attention")
     check_choice("impl", impl, IMPLEMENTATIONS, "soft attention")
     if order == "quadratic" and impl == "pieces":
@@ -266,7 +268,8 @@ def _plain(q: Tensor, landmarks: Tensor, weight: Tensor | None, v: Tensor | None
     return v if weight is None else v * weight.to(p.dtype)[:, None, :, None], p
 
 
-def _check_landmarks(q: Tensor, landmarks: Tensor, landmark_mask: Tensor | None) -> None:
+def check_landmarks(q: Tensor, landmarks: Tensor, landmark_mask: Tensor | None) -> None:
+    """Raises ValueError unless landmarks (b, h, m, d) and their mask (b, m) fit the queries `q`."""
     b, h, _, d = q.shape
     if landmarks.ndim != 4 or (landmarks.shape[0], landmarks.shape[1], landmarks.shape[3]) != (b, h, d):
         raise ValueError(

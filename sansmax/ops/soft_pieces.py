@@ -26,6 +26,8 @@ from sansmax.ops.moments import at_least_float32
 
 # entries of P in a piece: what fits into a cache of 1 to 2 MB beside the tokens it is made of, or fills a GPU
 CPU_PIECE, GPU_PIECE = 2**18, 2**24
+# tokens of an image in a piece, at least: many images with few landmarks would be products of a few rows else
+LEAST_TOKENS = 64
 
 
 class _Pieces:
@@ -47,7 +49,7 @@ class _Pieces:
         self.offset = -0.5 * self.scale * self.points.square().sum(-1).unsqueeze(2)
         b, h, n, _ = q.shape
         piece = CPU_PIECE if q.device.type == "cpu" else GPU_PIECE
-        self.step = min(max(1, n), max(64, piece // (h * self.m)))
+        self.step = min(max(1, n), max(LEAST_TOKENS, piece // (h * self.m)))
         self.images = min(max(1, b), max(1, piece // (h * self.m * self.step)))
         self.buffers: dict[str, Tensor] = {}
 
