@@ -274,9 +274,13 @@ def benchmark(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, float64, with commas.")] = "float32",
     threads: Annotated[str, typer.Option(help="Numbers of threads with commas: each is measured.")] = "1",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    budget: Annotated[float | None, typer.Option(help="Seconds that one pass may take [10; 2 for orders].")] = None,
+    budget: Annotated[
+        float | None, typer.Option(help="Seconds that one pass may take [10; 2 for orders, 120 for targets].")
+    ] = None,
     memory: Annotated[float, typer.Option(help="GiB that one pass may take [0: half of what is free].")] = 0.0,
-    repeats: Annotated[int | None, typer.Option(help="Times that are taken of each [7; 15 for orders].")] = None,
+    repeats: Annotated[
+        int | None, typer.Option(help="Times that are taken of each [7; 15 for orders, 5 for targets].")
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Small sizes, the package alone: about a minute.")] = False,
     quiet: QuietOption = False,
 ) -> None:

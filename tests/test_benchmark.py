@@ -20,6 +20,8 @@ from sansmax.engine.suites import cases_of
 from sansmax.engine.workers import Workers
 from sansmax.errors import InputError
 from sansmax.report import benchmark as report
+from sansmax.report import scaling
+from sansmax.report.scaling import scaling_figure
 from sansmax.report.tables import read_rows
 
 NAMES = ("seqnorm", "seqnorm:linear", "softmax", PRODUCTS)
@@ -280,6 +282,25 @@ def test_a_chosen_order_is_held_to_the_best():
     assert part.lines == [[1, 16, "1.05 quadratic", "**1.50** linear", "1.00 moments"]]
     assert "Within 10 % in 2 of 3 cells; worst 1.50, median 1.05." in part.text
     assert report.is_orders(rows) and not report.is_orders([row("softmax", 1.0)])
+
+
+def test_the_picture_tells_the_limit_from_the_contestants():
+    names = ("softmax", "seqnorm", "a", "b", "c", PRODUCTS)
+    rows = []
+    for i, name in enumerate(names):
+        for tokens in (64, 256):
+            seconds = (0.01 if name == PRODUCTS else 3.0 - 0.4 * i) * tokens
+            rows.append({**row(name, seconds, tokens=tokens, peak_mib=tokens * (i + 1)), "mechanism": name})
+    figure = scaling_figure(rows, limit=PRODUCTS, heading="Time of a day")
+    # not of the limit, which none can undercut
+    assert figure.texts[0].get_text().startswith("At 256 tokens c is 2.1 times as fast as softmax")
+    time = figure.axes[0]
+    assert time.get_title() == "Time of a day"
+    assert [line.get_linestyle() for line in time.lines if len(line.get_xdata()) == 2] == ["-"] * 5 + ["--"]
+    # a line each, beside six
+    assert f"{PRODUCTS} 1.00" in [text.get_text() for text in time.texts]
+    colours = scaling.mechanism_colours([str(i) for i in range(10)])
+    assert len(set(colours.values())) == 10
 
 
 # The command line

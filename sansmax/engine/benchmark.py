@@ -47,8 +47,8 @@ class Limits:
     def of(
         cls, suite: str, *, quick: bool, budget: float | None, memory_mib: float = 0.0, repeats: int | None
     ) -> "Limits":
-        """What is given, and for the rest what suits the suite: near ratios of orders need many samples."""
-        usual = {"orders": (2.0, 15)}.get(suite, (10.0, 7))
+        """What is given, and for the rest what suits the suite: near ratios need many samples."""
+        usual = {"orders": (2.0, 15), "targets": (120.0, 5)}.get(suite, (10.0, 7))
         usual = (1.0, 3) if quick else usual
         return cls(usual[0] if budget is None else budget, memory_mib, usual[1] if repeats is None else repeats)
 

@@ -1,7 +1,7 @@
 """What the benchmark measures: the cases of each suite, by name."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -139,8 +139,8 @@ def target_cases(setup: Setup) -> list[Case]:
             ("soft_attention", "formula written out"),
             **machine,
         )
-        for direction in setup.directions or DIRECTIONS:
-            found += [_with(alone, direction=direction), _with(soft, direction=direction)]
+        for case in (alone, soft):
+            found += [replace(case, direction=direction) for direction in setup.directions or DIRECTIONS]
         for tokens in (49, 196):
             names = ("seqnorm", "sima", "softmax")
             step = {"batch": 4 if quick else 32, "direction": DIRECTIONS[1], **machine}
@@ -153,7 +153,3 @@ def target_cases(setup: Setup) -> list[Case]:
             Case("encoder in chunks", "chunked", 4096 if quick else 262144, 192, 3, names, depth=12, **machine)
         )
     return found
-
-
-def _with(case: Case, **changes: Any) -> Case:
-    return Case(**{**vars(case), **changes})

@@ -62,8 +62,9 @@ def scaling_figure(
         raise InputError("there are no rows to draw the scaling from; measure at least one mechanism")
     colours = mechanism_colours([name for name in names if name != limit]) | {limit: MUTED}
     found = title or finding([row for row in rows if row["mechanism"] != limit], [n for n in names if n != limit])
-    crosses = "crosses: where a mechanism stopped, and why" if any(row.get("reason") for row in rows) else ""
     brief = len(names) > MOST_IN_FULL
+    stopped = "crosses: where a mechanism stopped" + ("" if brief else ", and why")
+    crosses = stopped if any(row.get("reason") for row in rows) else ""
     if brief:
         powers = "numbers: power of the number of tokens by which it grows"
         note = "\n".join(part for part in (note, powers) if part)
