@@ -23,6 +23,7 @@ ORDER_TOKENS = (16, 64, 256, 1024, 4096, 16384)
 ORDER_DIMS = (64, 192, 384, 768)
 ORDER_BATCHES = (1, 8, 32)
 LANDMARKS = 49
+IN_CHUNKS = " in chunks"
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ def target_cases(setup: Setup) -> list[Case]:
     dtype = "bfloat16" if setup.dtypes == ("float32",) else setup.dtypes[0]
     for threads in setup.threads:
         machine = {"dtype": dtype, "threads": threads, "device": setup.device}
-        names = ("seqnorm in chunks", PRODUCTS)
+        names = (f"seqnorm{IN_CHUNKS}", f"sima{IN_CHUNKS}", "seqnorm", PRODUCTS)
         found.append(
             Case("encoder in chunks", "chunked", 4096 if quick else 262144, 192, 3, names, depth=12, **machine)
         )

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sansmax.engine.cases import LANDMARKS, PRODUCTS, Case
-from sansmax.engine.contestants import Step, build_block, dtype_of, passes, products_step, random_tokens
+from sansmax.engine.cases import IN_CHUNKS, LANDMARKS, Case
+from sansmax.engine.contestants import Step, build_block, dtype_of, network_step, passes, random_tokens
 
 NEWTON_STEPS = 20
 
@@ -43,12 +43,13 @@ def operation_step(case: Case, name: str) -> Step:
 
 
 def chunked_step(case: Case, name: str) -> Step:
-    """One pass of an encoder in chunks, or of its products alone."""
-    if name == PRODUCTS:
-        return products_step(case)
-    run = looked_up("sansmax.engine.chunked", "run_blocks")
+    """One pass of an encoder: `NAME in chunks`, or at once, or its products alone."""
+    mechanism = name.removesuffix(IN_CHUNKS)
+    if mechanism == name:
+        return network_step(case, name)
+    run = looked_up("sansmax.engine.chunked", "run_chunked")
     torch.manual_seed(0)
-    blocks = nn.ModuleList(build_block("seqnorm", case.dim, case.heads) for _ in range(case.depth))
+    blocks = nn.ModuleList(build_block(mechanism, case.dim, case.heads) for _ in range(case.depth))
     blocks = blocks.to(case.device, dtype_of(case)).eval()
     return passes(lambda x: run(blocks, x), [random_tokens(case)], list(blocks.parameters()), case.backward)
 
