@@ -214,6 +214,18 @@ def test_the_operators_keep_their_contracts(kind):
     opcheck(soft_rows, (q, landmarks, weight))
 
 
+@some_kind
+def test_both_results_of_a_mix_have_gradients_for_any_matrix(kind, assert_same):
+    (q, v, landmarks), weight = draw(), draw_weight(kind)
+    z = torch.randn(B, HEADS, M, M, dtype=torch.float64, requires_grad=True)
+    p, w = kernel(q, landmarks), weight.double()[:, None, :, None]
+    p = p * w if kind == "mask" else p
+    total = p.mT @ (w * v)
+    inputs = [q, v, landmarks, z] + ([weight] if kind == "weight" else [])
+    both = (torch.cat(pair, dim=2) for pair in (soft_mix(q, v, landmarks, z, weight), (p @ z @ total, total)))
+    compare(assert_same, *both, inputs)
+
+
 def test_backward_keeps_the_inputs_and_small_matrices_only():
     inputs, kept = draw(1009), []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
