@@ -114,9 +114,6 @@ class PointwiseState(NamedTuple):
         return PointwiseState(self.n + other.n, self.products + other.products)
 
 
-PolynomialState = PointwiseState
-
-
 def pointwise_attend(
     state: PointwiseState,
     q: Float[Tensor, "*b n d"],
