@@ -26,6 +26,20 @@ def test_mapping_by_the_summary_is_the_block(attention, order, n, assert_same):
     assert_same(torch.cat([block.map(merged, part) for part in parts], dim=1), block(x), "in parts")
 
 
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_a_layer_gives_zero_at_masked_tokens_in_every_order(attention, assert_same):
+    layer = perturbed(ATTENTIONS[attention](22, num_heads=2, dtype=torch.float64))
+    x, mask = torch.randn(2, 13, 22, dtype=torch.float64), torch.rand(2, 13) < 0.6
+    mask[1] = False
+    expected = layer(x, mask)
+    assert (expected[~mask] == 0).all()
+    for order in layer.orders:
+        layer.order = order
+        if attention in ("relu", "squared_relu", "sigmoid") and order == "linear":
+            continue
+        assert_same(layer(x, mask), expected, order)
+
+
 @pytest.mark.parametrize("n", [2, 40, 400])
 @pytest.mark.parametrize(("dim", "heads"), [(96, 2), (96, 12), (32, 1)])
 def test_auto_takes_the_order_that_is_chosen_and_says_why(n, dim, heads):

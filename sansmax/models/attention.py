@@ -1,6 +1,7 @@
 """Multi-head attention layers: projections, an operation of `sansmax.ops`, and nothing else.
 
-Every layer is called `layer(x, mask)` with `mask` True for real tokens, or a weight per token. Those whose summary of
+Every layer is called `layer(x, mask)` with `mask` True for real tokens, or a weight per token; its output at masked
+tokens is zero. Those whose summary of
 the tokens has a fixed size (`streams`) also have the two phases,
 
     layer(x) == layer.map(layer.finish(layer.summarise(x)), x)
@@ -69,7 +70,7 @@ class HeadsAttention(nn.Module):
     def forward(self, x: Float[Tensor, "b n c"], mask: Weight = None) -> Float[Tensor, "b n c"]:
         """Attention over all tokens at once."""
         check_mask(mask, x.shape[0], x.shape[1])
-        return self.project(without_padding(x, mask), mask, self.order)
+        return without_padding(self.project(without_padding(x, mask), mask, self.order), mask)
 
     def project(self, x: Float[Tensor, "b n c"], mask: Weight, order: str) -> Float[Tensor, "b n c"]:
         """The operation between the projections to heads and from them."""
@@ -131,8 +132,8 @@ class AffineAttention(HeadsAttention):
         check_mask(mask, x.shape[0], x.shape[1])
         order, x = self.choose(x).order, without_padding(x, mask)
         if order == "moments":
-            return self.map(self.finish(self.summarise(x, mask)), x)
-        return self.project(x, mask, order)
+            return without_padding(self.map(self.finish(self.summarise(x, mask)), x), mask)
+        return without_padding(self.project(x, mask, order), mask)
 
 
 class SeqNormAttention(AffineAttention):

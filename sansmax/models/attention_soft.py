@@ -124,7 +124,7 @@ class SoftAttention(nn.Module):
             order=self.order,
             **self.options,
         )
-        return self._out(out)
+        return without_padding(self._out(out), mask)
 
     def _heads(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b h n d"]:
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)

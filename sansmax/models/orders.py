@@ -28,15 +28,19 @@ def choose_order(
 ) -> Choice:
     """The cheapest order of a layer of `mechanism` ("seqnorm" or "sima") for `batch` images of `num_tokens` tokens.
 
-    While a graph is made for any number of tokens (`torch.export` with dynamic shapes) that number is not known; the
-    order is then "moments", whose cost grows least.
+    A graph that is exported holds for any number of tokens, so that number must not be looked at; the order is then
+    "moments", whose cost grows least.
     """
-    if isinstance(num_tokens, torch.SymInt):
-        return Choice("moments", "the number of tokens is not known while the graph is made")
-    # a number that is not known must not be looked at: the graph would hold for one value of it
-    batch = 1 if isinstance(batch, torch.SymInt) else batch
+    if torch.compiler.is_exporting():
+        return Choice("moments", "an exported graph holds for any number of tokens")
     costs = COSTS[mechanism](num_tokens, embed_dim, head_dim)
-    order = min(costs, key=lambda name: costs[name])
+    # no min(..., key=...): compilers do not follow it where the number of tokens is a symbol
+    order = "moments"
+    for name, cost in costs.items():
+        if cost < costs[order]:
+            order = name
+    if torch.compiler.is_compiling():
+        return Choice(order, "cheapest")
     mega = ", ".join(f"{name} {batch * cost / 1e6:.3g}" for name, cost in costs.items())
     size = f"{batch} x {num_tokens} tokens, {embed_dim} channels, heads of {head_dim} on {torch.device(device).type}"
     return Choice(order, f"cheapest for {size} (million multiplications: {mega})")

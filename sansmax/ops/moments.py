@@ -41,7 +41,7 @@ def centred(
     x = at_least_float32(without_padding(x, weight))
     if weight is None:
         n = x.shape[-2]
-        count = x.new_full(x.shape[:-2], float(n))
+        count = x.new_full(x.shape[:-2], n)
         mean = x.sum(-2) / max(n, 1)
         x = x - mean.unsqueeze(-2)
         return count, mean, x, x
@@ -76,7 +76,7 @@ class Moments(NamedTuple):
             images = (math.prod(lead), *x.shape[-2:])
             mean, scatter = centred_moments(x.reshape(images), None if weight is None else weight.reshape(images[:2]))
             if weight is None:
-                count = mean.new_full(lead, float(x.shape[-2]))
+                count = mean.new_full(lead, x.shape[-2])
             else:
                 count = weight.sum(-1).to(mean.dtype)
             return cls(count, mean.reshape(*lead, -1), scatter.reshape(*lead, *scatter.shape[-2:]))
@@ -107,7 +107,7 @@ class Mean(NamedTuple):
         with torch.autocast(x.device.type, enabled=False):
             x = at_least_float32(without_padding(x, weight))
             if weight is None:
-                return cls(x.new_full(x.shape[:-2], float(x.shape[-2])), x.sum(-2))
+                return cls(x.new_full(x.shape[:-2], x.shape[-2]), x.sum(-2))
             w = weight.to(x.dtype)
             return cls(w.sum(-1), (w.unsqueeze(-2) @ x).squeeze(-2))
 

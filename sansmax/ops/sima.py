@@ -52,7 +52,7 @@ class L1State(NamedTuple):
             wide = torch.promote_types(q.dtype, torch.float32)
             if weight is None or weight.dtype == torch.bool:
                 q_norm, k_norm = (torch.linalg.vector_norm(x, 1, dim=-2, dtype=wide) for x in (q, k))
-                count = q_norm.new_full(q.shape[:-2], float(q.shape[-2])) if weight is None else weight.sum(-1).to(wide)
+                count = q_norm.new_full(q.shape[:-2], q.shape[-2]) if weight is None else weight.sum(-1).to(wide)
             else:
                 w = weight.to(wide)
                 q_norm, k_norm = ((w.unsqueeze(-2) @ x.abs().to(wide)).squeeze(-2) for x in (q, k))
@@ -126,7 +126,7 @@ def _quadratic(q: Tensor, k: Tensor, v: Tensor, weight: Weight, eps: float, refe
         )
         out = (q_hat @ k_hat.mT) @ v_wide
         if reference_tokens is not None:
-            n = float(q.shape[-2]) if w is None else w.sum(-2, keepdim=True)
+            n = q.shape[-2] if w is None else w.sum(-2, keepdim=True)
             out = out * (n / reference_tokens)
         return out.to(q.dtype)
 
