@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch.autograd import gradcheck
 
 from sansmax.ops import L1State, ProjectedL1State, projected_l1, sima_affine, sima_attend, sima_attention
@@ -329,13 +328,27 @@ def test_a_reference_of_no_tokens_is_an_error():
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
-def test_the_projected_norm_is_a_lawful_operation_of_torch():
+def test_the_kernels_are_lawful_operations_of_torch():
     x, mask = torch.randn(2, 5, C_IN, dtype=torch.float64, requires_grad=True), draw_weight("mask", 5, b=2)
     w, b = torch.randn(4, C_IN, dtype=torch.float64, requires_grad=True), torch.randn(4, dtype=torch.float64)
     for arguments in ((x, w, b.requires_grad_(), mask), (x, w, None, None)):
         torch.library.opcheck(torch.ops.sansmax.projected_l1_norm.default, arguments)
-        out = torch.ops.sansmax.projected_l1_norm(*arguments)
-        assert out.shape == (2, 4)
-        assert torch.equal(
-            out, F.linear(*arguments[:3]).abs().mul(1 if arguments[3] is None else mask[..., None]).sum(1)
-        )
+    heads = [h.requires_grad_() for h in draw_heads(5, b=2)]
+    for of_heads in (None, mask.unsqueeze(1).expand(2, HEADS, 5)):
+        torch.library.opcheck(torch.ops.sansmax.l1_sums.default, (*heads, of_heads))
+
+
+@pytest.mark.parametrize("n", [1, 1024, 1025, 2500])
+@pytest.mark.parametrize("masked", [False, True])
+def test_sums_over_strided_heads_do_not_depend_on_their_blocks(n, masked, assert_same):
+    qkv = torch.randn(2, n, 3, HEADS, D, dtype=torch.float64, requires_grad=True)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    mask = draw_weight("mask", n, b=2) if masked else None
+    weight = None if mask is None else mask.unsqueeze(1).expand(2, HEADS, n)
+    w = torch.ones(2, 1, n, 1, dtype=torch.float64) if mask is None else mask[:, None, :, None].double()
+    expected = ((w * q.abs()).sum(-2), (w * k.abs()).sum(-2), k.mT @ (w * v))
+    _, *found = L1State.of(q, k, v, weight)
+    by = [torch.randn_like(t) for t in found]
+    for a, e in zip(found, expected, strict=True):
+        assert_same(a, e, "sum")
+    assert_same(*(torch.autograd.grad(out, qkv, by)[0] for out in (found, expected)), "gradient")

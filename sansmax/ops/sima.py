@@ -24,7 +24,7 @@ from torch import Tensor
 
 from sansmax.ops.checks import check_choice, check_tokens
 from sansmax.ops.moments import Moments, Weight, at_least_float32, without_padding
-from sansmax.ops.sima_blocked import projected_l1_norm
+from sansmax.ops.sima_blocked import l1_sums, projected_l1_norm
 
 ORDERS = ("auto", "quadratic", "linear")
 
@@ -48,16 +48,18 @@ class L1State(NamedTuple):
         """Sums of one set of tokens; `weight` is True (or 1) for real tokens."""
         # autocast would keep the sum over all tokens in half precision
         with torch.autocast(q.device.type, enabled=False):
-            q, k, v = (without_padding(x, weight) for x in (q, k, v))
             wide = torch.promote_types(q.dtype, torch.float32)
             if weight is None or weight.dtype == torch.bool:
-                q_norm, k_norm = (torch.linalg.vector_norm(x, 1, dim=-2, dtype=wide) for x in (q, k))
-                count = q_norm.new_full(q.shape[:-2], q.shape[-2]) if weight is None else weight.sum(-1).to(wide)
-            else:
-                w = weight.to(wide)
-                q_norm, k_norm = ((w.unsqueeze(-2) @ x.abs().to(wide)).squeeze(-2) for x in (q, k))
-                count, v = w.sum(-1), v * w.unsqueeze(-1)
-            return cls(count, q_norm, k_norm, at_least_float32(k).mT @ v.to(wide))
+                lead = q.shape[:-2]
+                # a layer's heads come as they are: they may be strided, and flattening would copy them
+                heads = (q, k, v) if q.ndim == 4 else (x.reshape(-1, 1, *x.shape[-2:]) for x in (q, k, v))
+                mask = weight if weight is None or q.ndim == 4 else weight.reshape(-1, 1, weight.shape[-1])
+                q_norm, k_norm, kv = (x.reshape(lead + x.shape[2:]) for x in l1_sums(*heads, mask))
+                count = q_norm.new_full(lead, q.shape[-2]) if weight is None else weight.sum(-1).to(wide)
+                return cls(count, q_norm, k_norm, kv)
+            w = weight.to(wide)
+            q_norm, k_norm = ((w.unsqueeze(-2) @ x.abs().to(wide)).squeeze(-2) for x in (q, k))
+            return cls(w.sum(-1), q_norm, k_norm, at_least_float32(k).mT @ (v * w.unsqueeze(-1)).to(wide))
 
     def merge(self, other: "L1State") -> "L1State":
         """Sums of the union of two disjoint sets of tokens."""

@@ -1,12 +1,19 @@
-"""The l1 norm over tokens of a linear projection, `sum over tokens of |x W^T + b|`, without keeping the projection.
+"""The kernels of SimA's sums: a block of tokens at a time, so that no copy of them is made.
 
-A block of tokens is projected at a time. Backward projects it again for its signs,
+`l1_sums` are the three sums over queries, keys and values that are there already. Absolute values are taken in a buffer
+that stays in the cache; backward is
+
+    dQ = sign(Q) * g_q,   dK = sign(K) * g_k + V G^T,   dV = K G        with G the gradient of K^T V
+
+`projected_l1_norm` is `sum over tokens of |x W^T + b|` without keeping the projection. Backward projects a block again
+for its signs,
 
     dX = (sign(Q) * g) W,   dW = (sign(Q) * g)^T X,   db = sum of sign(Q) * g        with Q = X W^T + b
 
 so the memory is that of one block, forward and backward.
 
-Shapes: b images, n tokens, c channels, e projected channels; `mask` is True for real tokens.
+Shapes: b images, h heads, n tokens, d channels per head, c channels, e projected channels; `mask` is True for real
+tokens.
 """
 
 from collections.abc import Iterator
@@ -17,6 +24,61 @@ from torch import Tensor
 
 # tokens in work at a time: 1,024 of 768 projected channels in float32 are 3 MiB
 BLOCK_TOKENS = {"cpu": 1024, "cuda": 65536}
+
+
+@torch.library.custom_op("sansmax::l1_sums", mutates_args=())
+def l1_sums(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """|Q|_1 and |K|_1 (b, h, d) and K^T V (b, h, d, d), in float32 or wider; `mask` is (b, h, n)."""
+    b, h, n, d = q.shape
+    wide = torch.promote_types(q.dtype, torch.float32)
+    norms = q.new_zeros((2, b, h, d), dtype=wide)
+    kv = q.new_zeros((b, h, d, d), dtype=wide)
+    step = BLOCK_TOKENS.get(q.device.type, 4096)
+    # tokens first: heads are side by side in memory where a projection made them
+    room = q.new_empty((min(step, n), h, d), dtype=wide)
+    for i in range(b):
+        for first in range(0, n, step):
+            where = slice(first, first + step)
+            q_i, k_i, v_i = (x[i, :, where] for x in (q, k, v))
+            if mask is not None:
+                hidden = ~mask[i, :, where].unsqueeze(-1)
+                q_i, k_i, v_i = (x.masked_fill(hidden, 0.0) for x in (q_i, k_i, v_i))
+            for norm, x in zip(norms[:, i], (q_i, k_i), strict=True):
+                buffer = room[: x.shape[1]]
+                torch.abs(buffer.copy_(x.transpose(0, 1)) if x.dtype != wide else x.transpose(0, 1), out=buffer)
+                norm += buffer.sum(0)
+            kv[i].baddbmm_(k_i.mT.to(wide), v_i.to(wide))
+    return norms[0].clone(), norms[1].clone(), kv
+
+
+@l1_sums.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    b, h, _, d = q.shape
+    wide = torch.promote_types(q.dtype, torch.float32)
+    q_norm, k_norm = (q.new_empty((b, h, d), dtype=wide) for _ in "qk")
+    return q_norm, k_norm, q.new_empty((b, h, d, d), dtype=wide)
+
+
+def _keep_heads(ctx, inputs: tuple[Tensor, Tensor, Tensor, Tensor | None], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _heads_backward(ctx, by_q_norm: Tensor, by_k_norm: Tensor, by_kv: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    q, k, v, mask = ctx.saved_tensors
+    wide = by_kv.dtype
+    with torch.autocast(q.device.type, enabled=False):
+        hidden = None if mask is None else ~mask.unsqueeze(-1)
+        if hidden is not None:
+            q, k, v = (x.masked_fill(hidden, 0.0) for x in (q, k, v))
+        by_q = q.sign() * by_q_norm.unsqueeze(-2)
+        by_k = v.to(wide) @ by_kv.mT + k.sign() * by_k_norm.unsqueeze(-2)
+        by_v = k.to(wide) @ by_kv
+        if hidden is not None:
+            by_k, by_v = (x.masked_fill(hidden, 0.0) for x in (by_k, by_v))
+        return by_q.to(q.dtype), by_k.to(k.dtype), by_v.to(v.dtype), None
+
+
+l1_sums.register_autograd(_heads_backward, setup_context=_keep_heads)
 
 
 @torch.library.custom_op("sansmax::projected_l1_norm", mutates_args=())
