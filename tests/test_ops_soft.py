@@ -131,9 +131,9 @@ def test_each_way_equals_the_definition_in_output_and_gradients(way, variant, ki
         compare(assert_same, found, expected, [*inputs, weight] if kind == "weight" else inputs)
 
 
-@pytest.fixture(params=[(1, 1), (60, 4), (300, 1), (10**6, 64)], ids=str)
+@pytest.fixture(params=[(1, 1), (60, 4), (300, 1)], ids=str)
 def piece(request, monkeypatch):
-    """One token of one image at a time, some tokens of one, one or more images whole, everything."""
+    """One token of one image at a time, some tokens of one, and some images whole."""
     monkeypatch.setattr(soft_pieces, "CPU_PIECE", request.param[0])
     monkeypatch.setattr(soft_pieces, "LEAST_TOKENS", request.param[1])
 
@@ -370,12 +370,11 @@ def test_padding_may_hold_anything(way, garbage, assert_same):
 
 @pytest.mark.parametrize("way", WAYS[:3])
 @every_variant
-@pytest.mark.parametrize("garbage", [7.0, float("nan")])
-def test_an_image_without_real_tokens_is_zero_and_spares_the_others(way, variant, garbage, assert_same):
+def test_an_image_without_real_tokens_is_zero_and_spares_the_others(way, variant, assert_same):
     mask, inputs = draw_weight("mask"), [x.detach() for x in draw()]
     mask[1] = False
     for x in inputs:
-        x[1] = garbage
+        x[1] = float("nan")
     inputs = [x.requires_grad_() for x in inputs]
     out = attend(way, *inputs, mask, **VARIANTS[variant])
     assert (out[1] == 0).all()
