@@ -12,12 +12,13 @@ ATTENTIONS = {
     "seqnorm": {},
     "sima": {"attn_options": {"reference_tokens": 5}},
     "soft": {"attn_options": {"num_landmarks": 5}},
+    "soft over values": {"order": "linear", "attn_options": {"num_landmarks": 5}},
 }
 every_attention = pytest.mark.parametrize("attention", ATTENTIONS)
 
 
 def stack(attention, depth=2, dtype=torch.float64, **options):
-    blocks = [Block(C, 2, attention=attention, **ATTENTIONS[attention], **options) for _ in range(depth)]
+    blocks = [Block(C, 2, attention=attention.split()[0], **ATTENTIONS[attention], **options) for _ in range(depth)]
     return perturbed(torch.nn.ModuleList(blocks)).to(dtype)
 
 

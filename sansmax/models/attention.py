@@ -12,6 +12,7 @@ with what the round before gave, `layer.summarise(x, mask, known)` and `layer.fi
 Shapes: b images, n tokens, c channels, h heads, d channels per head.
 """
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -125,7 +126,8 @@ class AffineAttention(HeadsAttention):
         if self.order != "auto":
             return Choice(self.order, "forced")
         b, n, c = x.shape
-        return choose_order(n, c, c // self.num_heads, b, x.device, self.mechanism)
+        choose = choose_order if torch.compiler.is_compiling() else _remembered_choice
+        return choose(n, c, c // self.num_heads, b, x.device, self.mechanism)
 
     def forward(self, x: Float[Tensor, "b n c"], mask: Weight = None) -> Float[Tensor, "b n c"]:
         """Attention over all tokens at once, in the cheapest order unless one is forced."""
@@ -134,6 +136,10 @@ class AffineAttention(HeadsAttention):
         if order == "moments":
             return without_padding(self.map(self.finish(self.summarise(x, mask)), x), mask)
         return without_padding(self.project(x, mask, order), mask)
+
+
+# the reason is a sentence, which takes as long to write as a small layer to run
+_remembered_choice = lru_cache(maxsize=4096)(choose_order)
 
 
 class SeqNormAttention(AffineAttention):

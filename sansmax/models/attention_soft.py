@@ -7,7 +7,8 @@ Keys are the queries, so there are projections to queries and values only. The l
   grows with the image, and the cost with n^2 / ratio^2.
 
 Pooled landmarks are averages of queries, and so projections of averages of tokens: the layer reads the tokens once
-for those averages, once for P^T V, and once to map them.
+for those averages, once for P^T V, and once to map them. Where there are fewer landmarks than channels of a head, the
+order "folded" never makes V nor the outputs of the heads (`sansmax.ops.soft.soft_affine`).
 
 Shapes: b images, n tokens, c channels, h heads, d channels per head, m landmarks.
 """
@@ -22,7 +23,15 @@ from torch import Tensor, nn
 from sansmax.ops.checks import check_choice, check_mask
 from sansmax.ops.landmarks import LandmarkSums, sequence_groups
 from sansmax.ops.moments import Weight, without_padding
-from sansmax.ops.soft import INVERSES, SoftState, landmark_inverse, soft_attention
+from sansmax.ops.soft import (
+    INVERSES,
+    SoftLayerState,
+    SoftState,
+    landmark_inverse,
+    soft_affine,
+    soft_attention,
+    soft_layer_rows,
+)
 from sansmax.ops.soft_pieces import soft_apply
 
 
@@ -41,10 +50,17 @@ class Landmarks(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """What maps a query to its output: the kernel with the landmarks, times `right`."""
+    """What maps a query to the output of its head: the kernel with the landmarks, times `right`."""
 
     landmarks: Float[Tensor, "b h m d"]
     right: Float[Tensor, "b h m d"]
+
+
+class FoldedReading(NamedTuple):
+    """What maps the queries of all heads to the output of the layer: their rows of the kernel, times `right`."""
+
+    landmarks: Float[Tensor, "b h m d"]
+    right: Float[Tensor, "b k c"]
 
 
 class SoftAttention(nn.Module):
@@ -57,7 +73,7 @@ class SoftAttention(nn.Module):
     """
 
     mechanism = "soft"
-    orders = ("auto", "quadratic", "linear")
+    orders = ("auto", "quadratic", "linear", "folded")
     rounds = 2
 
     def __init__(
@@ -98,6 +114,15 @@ class SoftAttention(nn.Module):
             self.landmark_norm = nn.LayerNorm(d, eps=1e-5, **factory)
 
     @property
+    def folds(self) -> bool:
+        """Whether V and the outputs of the heads are never made: by choice, or because it costs less."""
+        return self.order == "folded" or (
+            self.order == "auto"
+            and self.num_landmarks < self.q.weight.shape[0] // self.num_heads
+            and self.ratio is None
+        )
+
+    @property
     def streams(self) -> bool:
         """Whether the layer has the two phases; a convolution needs whole rows of neighbours."""
         return self.ratio is None
@@ -109,12 +134,16 @@ class SoftAttention(nn.Module):
         check_mask(mask, x.shape[0], x.shape[1])
         x = without_padding(x, mask)
         q = self._heads(self.q(x))
-        if self.ratio is None:
+        if self.ratio is not None:
+            landmarks = Landmarks(self._convolved(q, mask, grid), None)
+        else:
             landmarks = self._pooled(
                 LandmarkSums.of(x, sequence_groups(x, self.num_landmarks, mask), self.num_landmarks, mask)
             )
-        else:
-            landmarks = Landmarks(self._convolved(q, mask, grid), None)
+        if self.folds:
+            rows = soft_layer_rows(q, landmarks.values, mask)
+            finished = self.finish(SoftLayerState.of(rows, x, mask), landmarks)
+            return without_padding(self._read(rows, finished.right, x), mask)
         out = soft_attention(
             q,
             self._heads(self.v(x)),
@@ -170,22 +199,39 @@ class SoftAttention(nn.Module):
         mask: Weight = None,
         known: Landmarks | None = None,
         place: Place | None = None,
-    ) -> LandmarkSums | SoftState:
+    ) -> LandmarkSums | SoftState | SoftLayerState:
         """Sums of tokens per landmark; with the landmarks `known`, P^T V. `place` says where a chunk stands."""
+        if known is not None and self.folds:
+            return SoftLayerState.of(soft_layer_rows(self._heads(self.q(x)), known.values, mask), x, mask)
         if known is not None:
             return SoftState.of(self._heads(self.q(x)), self._heads(self.v(x)), known.values, mask)
         where = {} if place is None else {"first": place.first, "total": place.total}
         groups = sequence_groups(x, self.num_landmarks, mask, **where)
         return LandmarkSums.of(x, groups, self.num_landmarks, mask)
 
-    def finish(self, state: LandmarkSums | SoftState, known: Landmarks | None = None) -> Landmarks | Reading:
-        """The landmarks from the sums of all tokens, and what `map` needs from P^T V of all tokens."""
+    def finish(self, state: Any, known: Landmarks | None = None) -> Any:
+        """The `Landmarks` from the sums of all tokens, and what `map` needs from P^T V of all tokens."""
         if isinstance(state, LandmarkSums):
             return self._pooled(state)
         assert known is not None
         inverse = landmark_inverse(known.values, known.real, **self.options)
+        if isinstance(state, SoftLayerState):
+            return FoldedReading(
+                known.values, soft_affine(state, inverse, self.v.weight, self.v.bias, self.proj.weight)
+            )
         return Reading(known.values, inverse.to(state.pv.dtype) @ state.pv)
 
-    def map(self, finished: Reading, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
+    def map(self, finished: Reading | FoldedReading, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
         """The layer's output for tokens that are counted in the finished state."""
-        return self._out(soft_apply(self._heads(self.q(x)), finished.landmarks, finished.right, None))
+        q = self._heads(self.q(x))
+        if isinstance(finished, FoldedReading):
+            return self._read(soft_layer_rows(q, finished.landmarks), finished.right, x)
+        return self._out(soft_apply(q, finished.landmarks, finished.right, None))
+
+    def _read(
+        self, rows: Float[Tensor, "b n k"], right: Float[Tensor, "b k c"], x: Float[Tensor, "b n c"]
+    ) -> Float[Tensor, "b n c"]:
+        # in the precision of the rows: the inverse amplifies rounding
+        with torch.autocast(x.device.type, enabled=False):
+            out = rows @ right if self.proj.bias is None else torch.baddbmm(self.proj.bias.to(right.dtype), rows, right)
+        return self.proj_drop(out.to(x.dtype))

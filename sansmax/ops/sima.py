@@ -29,6 +29,15 @@ from sansmax.ops.sima_blocked import l1_sums, projected_l1_norm
 ORDERS = ("auto", "quadratic", "linear")
 
 
+# entries of Q below which plain PyTorch is quicker than the kernel, whose call alone takes 0.1 ms
+FEW = 2**18
+
+
+def _few(q: Tensor) -> bool:
+    # a graph holds for any size: it takes the kernel
+    return not torch.compiler.is_compiling() and q.numel() < FEW
+
+
 class L1State(NamedTuple):
     """Sums over the tokens seen so far, in float32 or wider."""
 
@@ -49,7 +58,7 @@ class L1State(NamedTuple):
         # autocast would keep the sum over all tokens in half precision
         with torch.autocast(q.device.type, enabled=False):
             wide = torch.promote_types(q.dtype, torch.float32)
-            if weight is None or weight.dtype == torch.bool:
+            if (weight is None or weight.dtype == torch.bool) and not _few(q):
                 lead = q.shape[:-2]
                 # a layer's heads come as they are: they may be strided, and flattening would copy them
                 heads = (q, k, v) if q.ndim == 4 else (x.reshape(-1, 1, *x.shape[-2:]) for x in (q, k, v))
@@ -57,9 +66,14 @@ class L1State(NamedTuple):
                 q_norm, k_norm, kv = (x.reshape(lead + x.shape[2:]) for x in l1_sums(*heads, mask))
                 count = q_norm.new_full(lead, q.shape[-2]) if weight is None else weight.sum(-1).to(wide)
                 return cls(count, q_norm, k_norm, kv)
+            q, k, v = (without_padding(x, weight).to(wide) for x in (q, k, v))
+            if weight is None or weight.dtype == torch.bool:
+                q_norm, k_norm = q.abs().sum(-2), k.abs().sum(-2)
+                count = q_norm.new_full(q.shape[:-2], q.shape[-2]) if weight is None else weight.sum(-1).to(wide)
+                return cls(count, q_norm, k_norm, k.mT @ v)
             w = weight.to(wide)
-            q_norm, k_norm = ((w.unsqueeze(-2) @ x.abs().to(wide)).squeeze(-2) for x in (q, k))
-            return cls(w.sum(-1), q_norm, k_norm, at_least_float32(k).mT @ (v * w.unsqueeze(-1)).to(wide))
+            q_norm, k_norm = ((w.unsqueeze(-2) @ x.abs()).squeeze(-2) for x in (q, k))
+            return cls(w.sum(-1), q_norm, k_norm, k.mT @ (v * w.unsqueeze(-1)))
 
     def merge(self, other: "L1State") -> "L1State":
         """Sums of the union of two disjoint sets of tokens."""
