@@ -24,6 +24,7 @@ ORDER_DIMS = (64, 192, 384, 768)
 ORDER_BATCHES = (1, 8, 32)
 LANDMARKS = 49
 IN_CHUNKS = " in chunks"
+PEER_NAMES = ("nystrom", "performer")
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,11 @@ def target_cases(setup: Setup) -> list[Case]:
     """Each by name, at the size at which it counts."""
     quick, found = setup.quick, []
     for machine in setup.machines():
-        names = ("sima_attention", "normalise, then multiply")
+        for tokens in (1024,) if quick else (4096, 16384):
+            names = ("seqnorm", "seqnorm:linear", BASELINE, *(() if quick else PEER_NAMES), PRODUCTS)
+            whole = Case("seqnorm layer", "layer", tokens, 384, 6, names, **machine)
+            found += [replace(whole, direction=direction) for direction in setup.directions or DIRECTIONS]
+        names = ("sima_attention", "normalise, then multiply", "the same by abs and sum")
         alone = Case("sima attention alone", "sima", 1024 if quick else 4096, 384, 6, names, **machine)
         soft = Case(
             f"soft layer ({LANDMARKS} landmarks)",
@@ -137,7 +142,7 @@ def target_cases(setup: Setup) -> list[Case]:
             1024 if quick else 16384,
             384,
             6,
-            ("soft_attention", "formula written out"),
+            ("soft", "formula written out"),
             **machine,
         )
         for case in (alone, soft):

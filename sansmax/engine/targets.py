@@ -8,10 +8,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sansmax.engine.cases import IN_CHUNKS, LANDMARKS, Case
-from sansmax.engine.contestants import Step, build_block, dtype_of, network_step, passes, random_tokens
+from sansmax.engine.contestants import Step, build_block, dtype_of, network_step, passes, random_tokens, step_of
+from sansmax.models.attention_soft import SoftAttention
+from sansmax.ops.moments import Weight
 
 NEWTON_STEPS = 20
 
@@ -32,14 +35,13 @@ def looked_up(module: str, name: str) -> Callable[..., Any]:
 
 
 def operation_step(case: Case, name: str) -> Step:
-    """One pass of an operation on q, k, v of the case, or of its formula."""
+    """One pass of SimA on the heads of the case, or of a SOFT layer on its tokens, or of their formulas."""
     if case.kind == "sima":
-        function = sima_written_out if name == "normalise, then multiply" else looked_up("sansmax.ops", name)
+        function = SIMA_WRITTEN_OUT.get(name) or looked_up("sansmax.ops", name)
         return passes(function, _qkv(case), [], case.backward)
-    q, _, v = _qkv(case)
-    landmarks = q[:, :, :: max(1, case.tokens // LANDMARKS)][:, :, :LANDMARKS].contiguous()
-    function = soft_written_out if name == "formula written out" else looked_up("sansmax.ops", name)
-    return passes(function, [q, v, landmarks], [], case.backward)
+    torch.manual_seed(0)
+    build = SoftWrittenOut if name == "formula written out" else SoftAttention
+    return step_of(build(case.dim, case.heads, num_landmarks=LANDMARKS, inverse="newton"), case)
 
 
 def chunked_step(case: Case, name: str) -> Step:
@@ -54,11 +56,31 @@ def chunked_step(case: Case, name: str) -> Step:
     return passes(lambda x: run(blocks, x), [random_tokens(case)], list(blocks.parameters()), case.backward)
 
 
-def sima_written_out(q: Tensor, k: Tensor, v: Tensor, eps: float = 1e-12) -> Tensor:
+def sima_written_out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """SimA (arXiv 2206.08898) as its formula stands: q and k by their l1 norms over the tokens, then q (k^T v)."""
+    return F.normalize(q, p=1.0, dim=-2) @ (F.normalize(k, p=1.0, dim=-2).mT @ v)
+
+
+def sima_by_sums(q: Tensor, k: Tensor, v: Tensor, eps: float = 1e-12) -> Tensor:
+    """The same with the norms taken by `abs` and `sum`, which PyTorch is quicker at where heads are strided."""
     q = q / q.abs().sum(-2, keepdim=True).clamp_min(eps)
     k = k / k.abs().sum(-2, keepdim=True).clamp_min(eps)
     return q @ (k.mT @ v)
+
+
+SIMA_WRITTEN_OUT = {"normalise, then multiply": sima_written_out, "the same by abs and sum": sima_by_sums}
+
+
+class SoftWrittenOut(SoftAttention):
+    """The SOFT layer as its formula stands, with the projections of the other."""
+
+    def forward(self, x: Tensor, mask: Weight = None, grid: tuple[int, int] | None = None) -> Tensor:
+        """For tokens without padding, their number a multiple of the landmarks or the rest left out of these."""
+        b, n, c = x.shape
+        q, v = (t.view(b, n, self.num_heads, -1).transpose(1, 2) for t in (self.q(x), self.v(x)))
+        stretch = n // self.num_landmarks
+        landmarks = q[:, :, : stretch * self.num_landmarks].unflatten(2, (self.num_landmarks, stretch)).mean(3)
+        return self.proj(soft_written_out(q, v, landmarks).transpose(1, 2).reshape(b, n, c))
 
 
 def soft_written_out(q: Tensor, v: Tensor, landmarks: Tensor) -> Tensor:
@@ -77,6 +99,8 @@ def _squared_distances(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _qkv(case: Case) -> list[Tensor]:
+    """Heads as one projection gives them to a layer: side by side in memory, token by token."""
     generator = torch.Generator().manual_seed(1)
-    shape = (case.batch, case.heads, case.tokens, case.dim // case.heads)
-    return [torch.randn(shape, generator=generator).to(case.device, dtype_of(case)) for _ in range(3)]
+    shape = (case.batch, case.tokens, 3, case.heads, case.dim // case.heads)
+    qkv = torch.randn(shape, generator=generator).to(case.device, dtype_of(case))
+    return list(qkv.permute(2, 0, 3, 1, 4).unbind(0))

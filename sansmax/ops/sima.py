@@ -30,7 +30,7 @@ ORDERS = ("auto", "quadratic", "linear")
 
 
 # entries of Q below which plain PyTorch is quicker than the kernel, whose call alone takes 0.1 ms
-FEW = 2**18
+FEW = 2**20
 
 
 def _few(q: Tensor) -> bool:
