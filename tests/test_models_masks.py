@@ -157,6 +157,16 @@ def test_apply_is_the_method_of_modules():
             {"attention": "softmax", "attn_order": "linear"},
             "order of softmax attention must be one of auto, quadratic, got 'linear'",
         ),
+        ({"attention": "relu", "attn_order": "linear"}, "with relu must be one of auto, quadratic, got 'linear'"),
+        ({"attn_options": {"degree": 3}}, "seqnorm attention does not take these options.*degree"),
+        (
+            {"attention": "soft", "attn_options": {"num_landmarks": 0}},
+            "num_landmarks of soft attention must be at least 1",
+        ),
+        (
+            {"attention": "soft", "attn_options": {"inverse": "lu"}},
+            "inverse of soft attention must be one of .* got 'lu'",
+        ),
         ({"qk_norm": True}, "qk_norm cannot be used with seqnorm attention; leave it out"),
         ({"attn_drop_rate": 0.1}, "attn_drop_rate cannot be used with seqnorm attention"),
         ({"scale_attn_norm": True, "scale_mlp_norm": True}, "scale_attn_norm, scale_mlp_norm cannot be used"),

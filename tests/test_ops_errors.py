@@ -128,3 +128,38 @@ def test_an_unknown_activation():
     expected = "one of relu, squared_relu, sigmoid, polynomial, got 'gelu'"
     with pytest.raises(ValueError, match=f"activation of pointwise attention must be {expected}"):
         ops.pointwise_attention(*torch.randn(3, B, HEADS, N, D), activation="gelu")
+
+
+@pytest.mark.parametrize("name", ["sima", "soft", "pointwise"])
+def test_an_implementation_that_is_not_available_is_an_error(name):
+    f, tensors = ATTENTIONS[name]
+    heads = [torch.randn(B, HEADS, M if t == "landmarks" else N, D) for t in tensors]
+    with pytest.raises(ValueError, match=r"impl of \w+ attention must be one of auto, blocks, torch, got 'triton'"):
+        f(*heads, impl="triton")
+
+
+def test_a_kernel_that_cannot_do_what_is_asked_is_an_error():
+    x, weight = torch.randn(B, HEADS, N, D), torch.ones(B, N)
+    with pytest.raises(ValueError, match=r'impl "blocks" of sima attention takes boolean masks; use impl="torch"'):
+        ops.sima_attention(x, x, x, mask=weight, impl="blocks")
+    with pytest.raises(ValueError, match=r'impl "blocks" of sima attention has the linear order only'):
+        ops.sima_attention(x, x, x, order="quadratic", impl="blocks")
+    with pytest.raises(ValueError, match=r'impl "blocks" of second moments takes boolean masks; use impl="torch"'):
+        ops.Moments.of(x[0], weight[:1].expand(HEADS, N), impl="blocks")
+    with pytest.raises(ValueError, match="impl of second moments must be one of auto, blocks, torch, got 'fast'"):
+        ops.Moments.of(x[0], impl="fast")
+
+
+def test_gains_of_another_shape_are_an_error():
+    x = torch.randn(B, HEADS, N, D)
+    with pytest.raises(ValueError, match=r"beta_k must have one value per head and channel, \(3, 4\), got \(12,\)"):
+        ops.seqnorm_attention(x, x, x, beta_k=torch.zeros(12))
+
+
+def test_heads_that_do_not_divide_the_width_are_an_error():
+    x, w = torch.randn(B, N, 10), torch.randn(10, 10)
+    with pytest.raises(ValueError, match="embed_dim 10 is not divisible by num_heads 3"):
+        ops.seqnorm_affine(ops.Moments.of(x), w, w, w, w, None, 3)
+    state = ops.ProjectedL1State.of(x, torch.cat((w, w)), None)
+    with pytest.raises(ValueError, match="embed_dim 10 is not divisible by num_heads 4"):
+        ops.sima_affine(state, torch.cat((w, w, w)), None, w, None, 4)

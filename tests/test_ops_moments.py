@@ -152,3 +152,49 @@ def test_corner_cases_are_finite(case):
     assert (moments.covariance() == 0).all()
     empty = moments.merge(moments)
     assert all(t.isfinite().all() for t in (*empty, empty.covariance()))
+
+
+@pytest.mark.parametrize("n", [1, 1024, 1025, 2500])
+@pytest.mark.parametrize("c", [1, 7, 200])
+@pytest.mark.parametrize("masked", [False, True])
+def test_moments_in_blocks_equal_plain_ones_with_their_gradients(n, c, masked, assert_same):
+    x = (torch.randn(2, n, c, dtype=torch.float64) + 3).requires_grad_()
+    mask = torch.rand(2, n) < 0.6 if masked else None
+    by = [torch.randn(2, c, dtype=torch.float64), torch.randn(2, c, c, dtype=torch.float64)]
+    results = []
+    for impl in ("blocks", "torch"):
+        count, *sums = Moments.of(x, mask, impl=impl)
+        results.append([count, *sums, *torch.autograd.grad(sums, x, by)])
+    for name, a, b in zip(("count", "mean", "scatter", "gradient"), *results, strict=True):
+        assert_same(a, b, name, scale=max(1.0, b.abs().max().item()))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+@pytest.mark.parametrize("masked", [False, True])
+def test_moments_in_blocks_are_a_lawful_operation_of_torch(masked):
+    x, mask = torch.randn(2, 5, 7, dtype=torch.float64, requires_grad=True), torch.rand(2, 5) < 0.6
+    torch.library.opcheck(torch.ops.sansmax.centred_moments.default, (x, mask if masked else None))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_gradient_of_moments_is_as_accurate_as_plain_torch(dtype, assert_as_accurate):
+    n, c = 1500, 11
+    x, by = (torch.randn(1, n, c) + 1).to(dtype), torch.randn(1, c, c) / n
+
+    def plain(x):
+        centred = x - x.mean(1, keepdim=True)
+        return centred.mT @ centred
+
+    def gradient(scatter, x):
+        return torch.autograd.grad(scatter, x, by.to(scatter.dtype))[0]
+
+    inputs = [x.clone().requires_grad_(), x.clone().requires_grad_(), x.double().requires_grad_()]
+    found = gradient(Moments.of(inputs[0]).scatter, inputs[0])
+    assert_as_accurate(found, gradient(plain(inputs[1]), inputs[1]), gradient(plain(inputs[2]), inputs[2]))
+
+
+def test_moments_of_a_million_tokens_in_bfloat16():
+    x = (torch.randn(1, 2**20, 3) + torch.tensor([0.0, 10.0, -100.0])).bfloat16()
+    found, exact = Moments.of(x), Moments.of(x.double())
+    for a, b in zip(found[1:], exact[1:], strict=True):
+        assert (a.double() - b).abs().max() <= 1e-5 * b.abs().max()

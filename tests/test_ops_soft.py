@@ -36,7 +36,7 @@ VARIANTS = {
     "exact": {"inverse": "cholesky"},
     "exact++": {"inverse": "cholesky", "normalized": True},
 }
-WAYS = ("pieces", "torch", "quadratic", "state", "plain state")
+WAYS = ("blocks", "torch", "quadratic", "state", "plain state")
 
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
 every_way = pytest.mark.parametrize("way", WAYS)
@@ -87,7 +87,7 @@ def definition(q, v, landmarks, weight=None, landmark_mask=None, inverse="newton
 
 
 def attend(way, q, v, landmarks, weight=None, **options):
-    if way in ("pieces", "torch"):
+    if way in ("blocks", "torch"):
         return soft_attention(q, v, landmarks, mask=weight, impl=way, **options)
     if way == "quadratic":
         return soft_attention(q, v, landmarks, mask=weight, order="quadratic", **options)
@@ -138,7 +138,7 @@ def piece(request, monkeypatch):
     monkeypatch.setattr(soft_pieces, "LEAST_TOKENS", request.param[1])
 
 
-@pytest.mark.parametrize("way", ["pieces", "state"])
+@pytest.mark.parametrize("way", ["blocks", "state"])
 @pytest.mark.parametrize("m", [5, 11])
 @some_kind
 def test_the_size_of_pieces_and_the_layout_change_nothing(piece, way, m, kind, assert_same):
@@ -265,7 +265,7 @@ def test_autocast_does_not_lower_the_precision(way, variant):
     for enabled in (True, False):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
             out = attend(way, *inputs, **VARIANTS[variant])
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled and way == "pieces"):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled and way == "blocks"):
             # backward runs under autocast too, where a network is checkpointed; that of the operators is their own
             results.append([out, *torch.autograd.grad(out.sum(), inputs[1])])
     for a, b in zip(*results, strict=True):
@@ -293,7 +293,7 @@ def test_far_from_zero_no_digits_are_lost(way):
 def test_split_tokens_give_the_same_output_and_gradients(sizes, way, kind, assert_same):
     inputs, weight = draw(), draw_weight(kind)
     q, v, landmarks = inputs
-    impl = "torch" if way == "plain state" else "pieces"
+    impl = "torch" if way == "plain state" else "blocks"
     pieces = list(zip(q.split(sizes, 2), v.split(sizes, 2), weight.split(sizes, 1), strict=True))
     total, *rest = (SoftState.of(a, b, landmarks, w, impl=impl) for a, b, w in reversed(pieces))
     for state in rest:
@@ -517,8 +517,8 @@ def test_attention_compiles_whole_and_exports_for_any_batch_and_number_of_tokens
     [
         ({"order": "cubic"}, r"order of soft attention must be one of auto, linear, quadratic, got 'cubic'"),
         ({"inverse": "lu"}, r"inverse of soft attention must be one of newton, halved, cholesky, got 'lu'"),
-        ({"impl": "fast"}, r"impl of soft attention must be one of auto, pieces, torch, got 'fast'"),
-        ({"impl": "pieces", "order": "quadratic"}, r'use impl="torch" with "quadratic"'),
+        ({"impl": "fast"}, r"impl of soft attention must be one of auto, blocks, torch, got 'fast'"),
+        ({"impl": "blocks", "order": "quadratic"}, r'use impl="torch" with "quadratic"'),
         ({"landmarks": torch.zeros(B, HEADS, 0, D)}, r"landmarks are none, shape \(3, 2, 0, 7\)"),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",

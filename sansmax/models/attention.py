@@ -30,8 +30,9 @@ from sansmax.ops import (
     sima_attention,
     softmax_attention,
 )
-from sansmax.ops.checks import check_choice, check_mask
+from sansmax.ops.checks import check_choice, check_mask, check_num_heads
 from sansmax.ops.moments import Weight, without_padding
+from sansmax.ops.pointwise import ACTIVATIONS
 from sansmax.ops.sima import check_reference
 
 Finished = tuple[Float[Tensor, "b c c"], Float[Tensor, "b c"]]
@@ -60,8 +61,7 @@ class HeadsAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"embed_dim {dim} is not divisible by num_heads {num_heads}")
+        check_num_heads(dim, num_heads)
         check_choice("order", order, self.orders, f"{self.mechanism} attention")
         self.num_heads, self.order = num_heads, order
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, device=device, dtype=dtype)
@@ -258,6 +258,12 @@ class PointwiseAttention(HeadsAttention):
         **arguments: Any,
     ) -> None:
         super().__init__(dim, num_heads, **arguments)
+        check_choice("activation", activation, ACTIVATIONS, "pointwise attention")
+        if self.order == "linear" and activation != "polynomial":
+            raise ValueError(
+                f"order of pointwise attention with {activation} must be one of auto, quadratic, got 'linear'; "
+                "polynomials alone have a linear one"
+            )
         self.options: dict[str, Any] = {
             "activation": activation,
             "degree": degree,

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from sansmax.ops.checks import check_choice, check_mask
+from sansmax.ops.checks import check_choice, check_mask, check_num_heads
 from sansmax.ops.landmarks import LandmarkSums, sequence_groups
 from sansmax.ops.moments import Weight, without_padding
 from sansmax.ops.soft import (
@@ -93,8 +93,7 @@ class SoftAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"embed_dim {dim} is not divisible by num_heads {num_heads}")
+        check_num_heads(dim, num_heads)
         check_choice("order", order, self.orders, "soft attention")
         check_choice("inverse", inverse, INVERSES, "soft attention")
         for name, value in (("num_landmarks", num_landmarks), ("ratio", 1 if ratio is None else ratio)):

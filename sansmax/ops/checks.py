@@ -45,6 +45,16 @@ def check_mask(mask: Tensor | None, b: int, n: int) -> None:
         )
 
 
+# by the mechanism's own kernel in blocks of tokens, or by plain PyTorch, through which any derivative goes
+IMPLEMENTATIONS = ("auto", "blocks", "torch")
+
+
+def check_num_heads(width: int, num_heads: int) -> None:
+    """Raises ValueError unless the heads divide the width."""
+    if num_heads < 1 or width % num_heads:
+        raise ValueError(f"embed_dim {width} is not divisible by num_heads {num_heads}")
+
+
 def check_choice(name: str, value: str, allowed: Sequence[str], of: str) -> None:
     """Raises ValueError unless `value` is one of `allowed`; `of` names the mechanism."""
     if value not in allowed:

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from sansmax.ops.checks import IMPLEMENTATIONS, check_choice
 from sansmax.ops.moments_blocked import centred_moments
 
 Weight = Bool[Tensor, "*b n"] | Float[Tensor, "*b n"] | None
@@ -65,11 +66,19 @@ class Moments(NamedTuple):
     scatter: Float[Tensor, "*b c c"]
 
     @classmethod
-    def of(cls, x: Float[Tensor, "*b n c"], weight: Weight = None) -> "Moments":
-        """Moments of one set of tokens; `weight` is True (or 1) for real tokens."""
+    def of(cls, x: Float[Tensor, "*b n c"], weight: Weight = None, *, impl: str = "auto") -> "Moments":
+        """Moments of one set of tokens; `weight` is True (or 1) for real tokens.
+
+        `impl` is "blocks" (`sansmax.ops.moments_blocked`, no copy of the tokens, for no weight or a mask) or "torch"
+        (plain PyTorch); "auto" is blocks where it can.
+        """
+        check_choice("impl", impl, IMPLEMENTATIONS, "second moments")
+        by_weight = weight is not None and weight.dtype != torch.bool
+        if by_weight and impl == "blocks":
+            raise ValueError('impl "blocks" of second moments takes boolean masks; use impl="torch" with weights')
         # autocast would form the sum over all tokens in half precision
         with torch.autocast(x.device.type, enabled=False):
-            if weight is not None and weight.dtype != torch.bool:
+            if by_weight or impl == "torch":
                 count, mean, x, weighted = centred(x, weight)
                 return cls(count, mean, weighted.mT @ x)
             lead = x.shape[:-2]

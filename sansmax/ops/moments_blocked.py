@@ -29,7 +29,7 @@ def centred_moments(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(x.dtype, torch.float32)
     mean, scatter = x.new_zeros((b, c), dtype=wide), x.new_zeros((b, c, c), dtype=wide)
     step = BLOCK_TOKENS.get(x.device.type, 4096)
-    buffer = x.new_empty((min(step, n), c), dtype=wide)
+    buffer, products = x.new_empty((min(step, n), c), dtype=wide), x.new_zeros((c, c), dtype=wide)
     for i in range(b):
         pieces = x[i].split(step)
         hidden = [None] * len(pieces) if mask is None else [~m.unsqueeze(-1) for m in mask[i].split(step)]
@@ -41,7 +41,9 @@ def centred_moments(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         for piece, out in zip(pieces, hidden, strict=True):
             # cast first: the difference of the narrow type would be rounded
             x_c = buffer[: len(piece)].copy_(piece).sub_(mean[i])
-            _add_products(scatter[i], x_c if out is None else x_c.masked_fill_(out, 0.0))
+            _multiply(x_c if out is None else x_c.masked_fill_(out, 0.0), products)
+            # a product added to a large sum token by token loses digits: a million tokens lost four of seven
+            scatter[i] += products
     _mirror(scatter)
     return mean, scatter
 
@@ -52,9 +54,9 @@ def _columns(c: int) -> list[tuple[int, int]]:
     return list(itertools.pairwise(ends))
 
 
-def _add_products(scatter: Tensor, x: Tensor) -> None:
+def _multiply(x: Tensor, products: Tensor) -> None:
     for first, last in _columns(x.shape[-1]):
-        scatter[first:last, first:].addmm_(x[:, first:last].mT, x[:, first:])
+        torch.mm(x[:, first:last].mT, x[:, first:], out=products[first:last, first:])
 
 
 def _mirror(scatter: Tensor) -> None:

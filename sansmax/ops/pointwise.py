@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sansmax.ops.checks import check_choice, check_tokens
+from sansmax.ops.checks import IMPLEMENTATIONS, check_choice, check_tokens
 from sansmax.ops.moments import Weight, at_least_float32, nonzero, without_padding
 from sansmax.ops.powers import count_features, power_read, power_sums
 
@@ -47,6 +47,7 @@ def pointwise_attention(
     degree: int = 2,
     length_exponent: float = 1.0,
     bias: float = 0.0,
+    impl: str = "auto",
 ) -> Float[Tensor, "b h n d"]:
     """Attention whose weights are `activation` of the scores, divided by the number of tokens to `length_exponent`.
 
@@ -54,6 +55,8 @@ def pointwise_attention(
     `mask` is True for real tokens (PyTorch's padding masks use the opposite); a floating mask is a weight per token,
     and the number of tokens is its sum. `order` is "quadratic", "linear" (polynomials of degree 1 to 4) or "auto", the
     one of fewer multiplications; while exporting, "auto" is linear where it may, for the length is not known then.
+    `impl` says how the quadratic order is carried out: "blocks" (memory linear in the tokens, first derivatives only),
+    "torch" (the matrix whole, any derivative), or "auto", blocks where the matrix has more than a few of them.
     Sums are in float32 or wider, and results in the dtype of `q`. The output at masked tokens, and of an image without
     any real token, is zero. NaN in a real key or value is NaN in its whole image, and in no other.
 
@@ -68,6 +71,7 @@ def pointwise_attention(
     else:
         allowed = ORDERS[:2]
         check_choice("order", order, allowed, f"pointwise attention with {activation}, which is no polynomial,")
+    check_choice("impl", impl, IMPLEMENTATIONS, "pointwise attention")
     real = mask[:, None, :, None] if mask is not None and mask.dtype == torch.bool else None
     if real is not None:
         # the padding may hold anything, NaN included, and 0 * NaN is NaN
@@ -79,7 +83,7 @@ def pointwise_attention(
     else:
         # the length is only a name while a graph is traced; the operator looks at it when it runs
         small = not torch.compiler.is_compiling() and q.shape[:3].numel() * q.shape[2] <= WHOLE * _block(q) ** 2
-        f = _direct if small else _blockwise
+        f = _direct if impl == "torch" or (impl == "auto" and small) else _blockwise
         out = f(q, k, v, mask, activation, degree, length_exponent, bias)
     return out if real is None else out.masked_fill(~real, 0.0)
 

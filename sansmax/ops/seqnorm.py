@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sansmax.ops.checks import check_choice, check_tokens
+from sansmax.ops.checks import check_choice, check_num_heads, check_tokens
 from sansmax.ops.moments import Moments, Weight, at_least_float32, centred, nonzero
 
 Gain = Float[Tensor, "h d"] | None
@@ -142,6 +142,7 @@ def seqnorm_attention(
     """
     check_tokens(mask, q=q, k=k, v=v)
     check_choice("order", order, ORDERS, "seqnorm attention")
+    _check_gains(q, gamma_q, beta_q, gamma_k, beta_k, gamma_v, beta_v)
     weight = None if mask is None else mask.unsqueeze(1).expand(q.shape[:3])
     gains = (gamma_q, beta_q, gamma_k, beta_k, gamma_v, beta_v)
     if order == "quadratic" or (order == "auto" and q.shape[-2] < q.shape[-1]):
@@ -152,6 +153,15 @@ def seqnorm_attention(
     if weight is None or weight.dtype != torch.bool:
         return out
     return out.masked_fill(~weight.unsqueeze(-1), 0.0)
+
+
+def _check_gains(q: Tensor, *gains: Gain) -> None:
+    names = ("gamma_q", "beta_q", "gamma_k", "beta_k", "gamma_v", "beta_v")
+    for name, gain in zip(names, gains, strict=True):
+        if gain is not None and gain.shape != q.shape[1::2]:
+            raise ValueError(
+                f"{name} must have one value per head and channel, {tuple(q.shape[1::2])}, got {tuple(gain.shape)}"
+            )
 
 
 def _quadratic(q: Tensor, k: Tensor, v: Tensor, gains: tuple[Gain, ...], weight: Weight, eps: float) -> Tensor:
@@ -196,6 +206,7 @@ def seqnorm_affine(
     """
     with torch.autocast(moments.mean.device.type, enabled=False):
         g = moments.covariance()
+        check_num_heads(w_q.shape[0], num_heads)
         d = w_q.shape[0] // num_heads
         w_q, w_k, w_v, w_out = (w.to(g.dtype) for w in (w_q, w_k, w_v, w_out))
         wg_q, wg_k, wg_v = (w @ g for w in (w_q, w_k, w_v))

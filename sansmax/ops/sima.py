@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sansmax.ops.checks import check_choice, check_tokens
+from sansmax.ops.checks import IMPLEMENTATIONS, check_choice, check_num_heads, check_tokens
 from sansmax.ops.moments import Moments, Weight, at_least_float32, without_padding
 from sansmax.ops.sima_blocked import l1_sums, projected_l1_norm
 
@@ -53,12 +53,18 @@ class L1State(NamedTuple):
         k: Float[Tensor, "*b n d"],
         v: Float[Tensor, "*b n d"],
         weight: Weight = None,
+        *,
+        impl: str = "auto",
     ) -> "L1State":
-        """Sums of one set of tokens; `weight` is True (or 1) for real tokens."""
+        """Sums of one set of tokens; `weight` is True (or 1) for real tokens, `impl` as in `sima_attention`."""
+        check_choice("impl", impl, IMPLEMENTATIONS, "sima attention")
+        by_weight = weight is not None and weight.dtype != torch.bool
+        if by_weight and impl == "blocks":
+            raise ValueError('impl "blocks" of sima attention takes boolean masks; use impl="torch" with weights')
         # autocast would keep the sum over all tokens in half precision
         with torch.autocast(q.device.type, enabled=False):
             wide = torch.promote_types(q.dtype, torch.float32)
-            if (weight is None or weight.dtype == torch.bool) and not _few(q):
+            if impl == "blocks" or (impl == "auto" and not by_weight and not _few(q)):
                 lead = q.shape[:-2]
                 # a layer's heads come as they are: they may be strided, and flattening would copy them
                 heads = (q, k, v) if q.ndim == 4 else (x.reshape(-1, 1, *x.shape[-2:]) for x in (q, k, v))
@@ -102,26 +108,30 @@ def sima_attention(
     order: str = "auto",
     eps: float = 1e-12,
     reference_tokens: int | None = None,
+    impl: str = "auto",
 ) -> Float[Tensor, "b h n d"]:
     """SimA attention over all tokens at once.
 
     `mask` is True for real tokens (PyTorch's padding masks use the opposite); a floating mask is a weight per token.
     `order` is "quadratic", "linear" or "auto" (linear unless n < d). `eps` is the smallest norm a channel may have:
     1e-12 in the published self-attention, 1e-6 in its class attention; a channel that is zero on every token adds
-    nothing. The output at masked tokens, and of an image without any real token, is zero. NaN in a real token is NaN
-    in its own image, and in no other.
+    nothing. `impl` is "blocks" (`sansmax.ops.sima_blocked`, no copy of the tokens, first derivatives only) or "torch"
+    (plain PyTorch, any derivative); "auto" is blocks for many tokens. The output at masked tokens, and of an image
+    without any real token, is zero. NaN in a real token is NaN in its own image, and in no other.
 
     Raises ValueError for an order that the mechanism lacks, shapes or types that do not fit, and no tokens.
     """
     check_tokens(mask, q=q, k=k, v=v)
     check_choice("order", order, ORDERS, "sima attention")
+    check_choice("impl", impl, IMPLEMENTATIONS, "sima attention")
     check_reference(reference_tokens)
+    if order == "quadratic" and impl == "blocks":
+        raise ValueError('impl "blocks" of sima attention has the linear order only; use impl="torch" with "quadratic"')
     weight = None if mask is None else mask.unsqueeze(1).expand(q.shape[:3])
-    if order == "quadratic" or (order == "auto" and q.shape[-2] < q.shape[-1]):
+    if order == "quadratic" or (order == "auto" and impl != "blocks" and q.shape[-2] < q.shape[-1]):
         return _quadratic(q, k, v, weight, eps, reference_tokens)
-    out = sima_attend(
-        L1State.of(q, k, v, weight), without_padding(q, weight), eps=eps, reference_tokens=reference_tokens
-    )
+    state = L1State.of(q, k, v, weight, impl=impl)
+    out = sima_attend(state, without_padding(q, weight), eps=eps, reference_tokens=reference_tokens)
     return without_padding(out, weight)
 
 
@@ -205,6 +215,7 @@ def sima_affine(
     with torch.autocast(state.qk_norm.device.type, enabled=False):
         n, mean, scatter, qk_norm = state
         w_q, w_k, w_v, w_out = (w.to(scatter.dtype) for w in (*w_qkv.chunk(3), w_out))
+        check_num_heads(w_q.shape[0], num_heads)
         d = w_q.shape[0] // num_heads
         k_mean, v_mean = mean @ w_k.mT, mean @ w_v.mT
         b_q, b_k, b_v = (None, 0.0, 0.0) if b_qkv is None else b_qkv.to(scatter.dtype).chunk(3)

@@ -47,7 +47,8 @@ def l1_sums(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tenso
                 buffer = room[: x.shape[1]]
                 torch.abs(buffer.copy_(x.transpose(0, 1)) if x.dtype != wide else x.transpose(0, 1), out=buffer)
                 norm += buffer.sum(0)
-            kv[i].baddbmm_(k_i.mT.to(wide), v_i.to(wide))
+            # not added token by token to the large sum, which would lose digits
+            kv[i] += k_i.mT.to(wide) @ v_i.to(wide)
     return norms[0].clone(), norms[1].clone(), kv
 
 

@@ -21,14 +21,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from sansmax.ops.checks import check_choice, check_tokens
+from sansmax.ops.checks import IMPLEMENTATIONS, check_choice, check_tokens
 from sansmax.ops.inverse import cholesky_inverse, newton_inverse, newton_inverse_halved
 from sansmax.ops.moments import Weight, at_least_float32, without_padding
 from sansmax.ops.soft_pieces import soft_apply, soft_mix, soft_rows, soft_summarise
 
 ORDERS = ("auto", "linear", "quadratic")
 INVERSES = ("newton", "halved", "cholesky")
-IMPLEMENTATIONS = ("auto", "pieces", "torch")
 
 LandmarkMask = Bool[Tensor, "b m"] | None
 
@@ -172,8 +171,8 @@ def soft_attention(
     `inverse`, `steps` and `ridge` see `landmark_inverse`.
 
     `order` is "linear" or "quadratic"; "auto" is linear, as quadratic is cheaper only where n < m and both are nothing.
-    `impl` is "pieces" (`sansmax.ops.soft_pieces`, memory beside the result for one piece of tokens, first derivatives
-    only), or "torch" (plain PyTorch, P in memory, any derivative); "auto" is pieces in the linear order.
+    `impl` is "blocks" (`sansmax.ops.soft_pieces`, memory beside the result for one piece of tokens, first derivatives
+    only), or "torch" (plain PyTorch, P in memory, any derivative); "auto" is blocks in the linear order.
 
     Raises ValueError for a choice that the mechanism lacks, shapes or types that do not fit, and no tokens.
     """
@@ -181,8 +180,8 @@ def soft_attention(
     check_landmarks(q, landmarks, landmark_mask)
     check_choice("order", order, ORDERS, "soft attention")
     check_choice("impl", impl, IMPLEMENTATIONS, "soft attention")
-    if order == "quadratic" and impl == "pieces":
-        raise ValueError('impl "pieces" of soft attention has the linear order only; use impl="torch" with "quadratic"')
+    if order == "quadratic" and impl == "blocks":
+        raise ValueError('impl "blocks" of soft attention has the linear order only; use impl="torch" with "quadratic"')
     if mask is not None and mask.dtype == torch.bool:
         # landmarks of an image of padding may hold anything
         some = mask.any(-1, keepdim=True)
