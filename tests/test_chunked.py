@@ -135,17 +135,13 @@ def test_progress_counts_to_its_total(attention):
     assert [done for done, _ in seen] == list(range(1, seen[-1][1] + 1))
 
 
-def test_no_tokens_are_no_tokens():
-    x = torch.randn(2, 0, C, dtype=torch.float64)
-    assert run_chunked(stack("seqnorm"), x).shape == x.shape
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"chunk_tokens": 0}, "chunk_tokens must be at least 1, got 0"),
         ({"keep": "all"}, "keep must be one of inputs, recompute, got 'all'"),
         ({"in_place": True}, "in_place overwrites the tokens that gradients need"),
+        ({"tokens": torch.randn(2, 0, C, dtype=torch.float64)}, r"there are no tokens, shape \(2, 0, 22\)"),
         ({"tokens": torch.randn(3, C, dtype=torch.float64)}, r"tokens must be \(images, tokens, channels\)"),
         ({"mask": torch.ones(2, N, dtype=torch.int64)}, r"mask\.bool\(\)"),
         ({"mask": torch.ones(2, N + 1, dtype=torch.bool)}, r"one value per image and token, \(2, 29\), got \(2, 30\)"),

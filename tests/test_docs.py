@@ -263,7 +263,7 @@ def test_imports_follow_the_arrows(path):
     assert imports(path) <= ALLOWED[part_of(path)]
 
 
-OPS_LIBRARIES = {"torch", "jaxtyping", "typing", "math", "collections", "sansmax"}
+OPS_LIBRARIES = {"torch", "jaxtyping", "sansmax", *sys.stdlib_module_names}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "sansmax" / "ops").glob("*.py")), ids=name_of)

@@ -41,6 +41,27 @@ def test_a_layer_gives_zero_at_masked_tokens_in_every_order(attention, assert_sa
         assert_same(layer(x, mask), expected, order)
 
 
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_a_layer_without_tokens_is_an_error(attention):
+    layer = ATTENTIONS[attention](22, num_heads=2)
+    for order in layer.orders:
+        layer.order = order
+        with pytest.raises(ValueError, match=r"there are no tokens, shape \(2, 0, 22\)"):
+            layer(torch.randn(2, 0, 22))
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_weights_of_zero_are_no_tokens_in_any_order(attention, assert_same):
+    layer = perturbed(ATTENTIONS[attention](22, num_heads=2, dtype=torch.float64))
+    x, weight = torch.randn(2, 13, 22, dtype=torch.float64), torch.rand(2, 13, dtype=torch.float64)
+    weight[1] = 0
+    for order in layer.orders:
+        layer.order = order
+        if attention in ("relu", "squared_relu", "sigmoid") and order == "linear":
+            continue
+        assert_same(layer(x, weight)[1], layer.proj.bias.expand(13, 22), order)
+
+
 @pytest.mark.parametrize("n", [2, 40, 400])
 @pytest.mark.parametrize(("dim", "heads"), [(96, 2), (96, 12), (32, 1)])
 def test_auto_takes_the_order_that_is_chosen_and_says_why(n, dim, heads):
@@ -166,6 +187,10 @@ def test_apply_is_the_method_of_modules():
         (
             {"attention": "soft", "attn_options": {"inverse": "lu"}},
             "inverse of soft attention must be one of .* got 'lu'",
+        ),
+        (
+            {"attention": "soft", "attn_options": {"ratio": 2}},
+            "ratio asks for landmarks by convolution, .* use num_land",
         ),
         ({"qk_norm": True}, "qk_norm cannot be used with seqnorm attention; leave it out"),
         ({"attn_drop_rate": 0.1}, "attn_drop_rate cannot be used with seqnorm attention"),

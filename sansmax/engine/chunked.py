@@ -55,8 +55,6 @@ def run_chunked(
     """
     _check(blocks, tokens, mask, chunk_tokens, keep)
     layers = cast(list[Block], [*blocks])
-    if tokens.shape[0] * tokens.shape[1] == 0:
-        return tokens if in_place else tokens.clone()
     parameters = [p for block in layers for p in block.parameters() if p.requires_grad]
     wants = [t for t in (tokens, mask, *parameters) if isinstance(t, Tensor) and t.requires_grad]
     if not (torch.is_grad_enabled() and wants):
@@ -72,6 +70,8 @@ def run_chunked(
 def _check(blocks: Iterable[nn.Module], tokens: Tensor, mask: Weight, chunk_tokens: int, keep: str) -> None:
     if tokens.ndim != 3:
         raise InputError(f"tokens must be (images, tokens, channels), got shape {tuple(tokens.shape)}")
+    if tokens.shape[1] == 0:
+        raise InputError(f"there are no tokens, shape {tuple(tokens.shape)}; attention needs at least one")
     check_mask(mask, tokens.shape[0], tokens.shape[1])
     if chunk_tokens < 1:
         raise InputError(f"chunk_tokens must be at least 1, got {chunk_tokens}")

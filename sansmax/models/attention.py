@@ -1,8 +1,7 @@
 """Multi-head attention layers: projections, an operation of `sansmax.ops`, and nothing else.
 
-Every layer is called `layer(x, mask)` with `mask` True for real tokens, or a weight per token; its output at masked
-tokens is zero. Those whose summary of
-the tokens has a fixed size (`streams`) also have the two phases,
+Every layer is called `layer(x, mask)` with `mask` True for real tokens, or a weight per token; its output at tokens
+that are masked is zero. Those whose summary of the tokens has a fixed size (`streams`) also have the two phases,
 
     layer(x) == layer.map(layer.finish(layer.summarise(x)), x)
 
@@ -30,7 +29,7 @@ from sansmax.ops import (
     sima_attention,
     softmax_attention,
 )
-from sansmax.ops.checks import check_choice, check_mask, check_num_heads
+from sansmax.ops.checks import check_choice, check_layer, check_num_heads
 from sansmax.ops.moments import Weight, without_padding
 from sansmax.ops.pointwise import ACTIVATIONS
 from sansmax.ops.sima import check_reference
@@ -70,7 +69,7 @@ class HeadsAttention(nn.Module):
 
     def forward(self, x: Float[Tensor, "b n c"], mask: Weight = None) -> Float[Tensor, "b n c"]:
         """Attention over all tokens at once."""
-        check_mask(mask, x.shape[0], x.shape[1])
+        check_layer(x, mask)
         return without_padding(self.project(without_padding(x, mask), mask, self.order), mask)
 
     def project(self, x: Float[Tensor, "b n c"], mask: Weight, order: str) -> Float[Tensor, "b n c"]:
@@ -131,7 +130,7 @@ class AffineAttention(HeadsAttention):
 
     def forward(self, x: Float[Tensor, "b n c"], mask: Weight = None) -> Float[Tensor, "b n c"]:
         """Attention over all tokens at once, in the cheapest order unless one is forced."""
-        check_mask(mask, x.shape[0], x.shape[1])
+        check_layer(x, mask)
         order, x = self.choose(x).order, without_padding(x, mask)
         if order == "moments":
             return without_padding(self.map(self.finish(self.summarise(x, mask)), x), mask)

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from sansmax.ops.checks import check_choice, check_mask, check_num_heads
+from sansmax.ops.checks import check_choice, check_layer, check_num_heads
 from sansmax.ops.landmarks import LandmarkSums, sequence_groups
 from sansmax.ops.moments import Weight, without_padding
 from sansmax.ops.soft import (
@@ -130,7 +130,7 @@ class SoftAttention(nn.Module):
         self, x: Float[Tensor, "b n c"], mask: Weight = None, grid: tuple[int, int] | None = None
     ) -> Float[Tensor, "b n c"]:
         """Attention over all tokens at once; `grid` is the (height, width) of the tokens in row-major order."""
-        check_mask(mask, x.shape[0], x.shape[1])
+        check_layer(x, mask)
         x = without_padding(x, mask)
         q = self._heads(self.q(x))
         if self.ratio is not None:

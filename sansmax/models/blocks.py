@@ -80,6 +80,11 @@ class Block(nn.Module):
             raise ValueError(f"{', '.join(wrong)} cannot be used with {attention} attention; leave it out")
         if attention not in ATTENTIONS:
             raise ValueError(f"attention must be one of {', '.join(ATTENTIONS)}, got {attention!r}")
+        if attention == "soft" and (attn_options or {}).get("ratio") is not None:
+            raise ValueError(
+                "ratio asks for landmarks by convolution, which need the grid of tokens that a block is not given; "
+                "use num_landmarks, or the layer sansmax.models.attention_soft.SoftAttention by itself"
+            )
         # only what was asked for: timm's layers before 1.0.21 take neither
         factory: dict[str, Any] = {k: v for k, v in (("device", device), ("dtype", dtype)) if v is not None}
         self.norm1 = norm_layer(dim, **factory)

@@ -1,6 +1,7 @@
 """Attention as pure functions: formula, paper, shapes, and the sums over tokens that make it linear.
 
-Every function takes `q, k, v` of shape (B, heads, N, d) and a `mask` (B, N) that is True for real tokens.
+An attention takes `q, k, v` (SOFT: `q, v, landmarks`) of shape (B, heads, N, d) and a `mask` (B, N) that is True for
+real tokens.
 """
 
 from sansmax.ops.inverse import cholesky_inverse, newton_inverse, newton_inverse_halved
@@ -9,7 +10,15 @@ from sansmax.ops.moments import Mean, Moments
 from sansmax.ops.pointwise import PointwiseState, pointwise_attend, pointwise_attention
 from sansmax.ops.seqnorm import SeqNormState, seqnorm_affine, seqnorm_attend, seqnorm_attention
 from sansmax.ops.sima import L1State, ProjectedL1State, projected_l1, sima_affine, sima_attend, sima_attention
-from sansmax.ops.soft import SoftState, landmark_inverse, soft_attend, soft_attention
+from sansmax.ops.soft import (
+    SoftLayerState,
+    SoftState,
+    landmark_inverse,
+    soft_affine,
+    soft_attend,
+    soft_attention,
+    soft_layer_rows,
+)
 from sansmax.ops.softmax import softmax_attention
 
 __all__ = [
@@ -20,6 +29,7 @@ __all__ = [
     "PointwiseState",
     "ProjectedL1State",
     "SeqNormState",
+    "SoftLayerState",
     "SoftState",
     "cholesky_inverse",
     "grid_landmarks",
@@ -36,7 +46,9 @@ __all__ = [
     "sima_affine",
     "sima_attend",
     "sima_attention",
+    "soft_affine",
     "soft_attend",
     "soft_attention",
+    "soft_layer_rows",
     "softmax_attention",
 ]

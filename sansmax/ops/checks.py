@@ -29,6 +29,15 @@ def check_tokens(mask: Tensor | None, **tensors: Tensor) -> None:
     check_mask(mask, like.shape[0], like.shape[-2])
 
 
+def check_layer(x: Tensor, mask: Tensor | None) -> None:
+    """Raises ValueError unless there are tokens `x` (b, n, c) and `mask` fits them."""
+    if x.ndim != 3:
+        raise ValueError(f"a layer takes tokens (batch, tokens, channels), got shape {tuple(x.shape)}")
+    if x.shape[1] == 0:
+        raise ValueError(f"there are no tokens, shape {tuple(x.shape)}; attention needs at least one")
+    check_mask(mask, x.shape[0], x.shape[1])
+
+
 def check_mask(mask: Tensor | None, b: int, n: int) -> None:
     """Raises ValueError unless `mask` is None, or boolean or floating, with one value per token."""
     if mask is None:

@@ -102,6 +102,8 @@ def seqnorm_attend(
         s = (state.kv_scatter / n.unsqueeze(-1)) * a_k.unsqueeze(-1) * a_v.unsqueeze(-2)
         if beta_k is not None and beta_v is not None:
             s = s + beta_k.to(s.dtype).unsqueeze(-1) * beta_v.to(s.dtype).unsqueeze(-2)
+        # no tokens, nothing to read: the biases are those of tokens
+        s = s * (state.n != 0).to(s.dtype)[..., None, None]
         shift = -state.q_mean * a_q
         if beta_q is not None:
             shift = shift + beta_q
@@ -202,7 +204,7 @@ def seqnorm_affine(
     With mean mu and covariance G of the tokens (`moments`), per head: var(Q) = diag(W_q G W_q^T), likewise K and V;
     S = diag(gamma_k/sd_k) W_k G W_v^T diag(gamma_v/sd_v) + beta_k beta_v^T; M = sum over heads of
     W_q^T diag(gamma_q/sd_q) S W_out^T; c = sum of beta_q S W_out^T + b_out - mu M. Weights are (out, in), as in
-    `nn.Linear`. One token or none has G = 0: the map gives the biases, and is finite.
+    `nn.Linear`. One token has G = 0: the map gives the biases, and is finite. None gives M = 0 and c = b_out.
     """
     with torch.autocast(moments.mean.device.type, enabled=False):
         g = moments.covariance()
@@ -219,6 +221,7 @@ def seqnorm_affine(
         s = s * a_k.unflatten(-1, (num_heads, d)).unsqueeze(-1) * a_v.unflatten(-1, (num_heads, d)).unsqueeze(-2)
         if beta_k is not None and beta_v is not None:
             s = s + beta_k.to(s.dtype).unsqueeze(-1) * beta_v.to(s.dtype).unsqueeze(-2)
+        s = s * (moments.n != 0).to(s.dtype)[:, None, None, None]
         read = (s @ w_out.mT.unflatten(0, (num_heads, d))).flatten(-3, -2)
         m = w_q.mT @ (a_q.unsqueeze(-1) * read)
         shift = -(moments.mean.unsqueeze(-2) @ m).squeeze(-2)
