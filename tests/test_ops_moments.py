@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from sansmax.models.attention import SeqNormAttention
 from sansmax.ops import Mean, Moments
 
 N, C = 11, 7
@@ -198,3 +199,30 @@ def test_moments_of_a_million_tokens_in_bfloat16():
     found, exact = Moments.of(x), Moments.of(x.double())
     for a, b in zip(found[1:], exact[1:], strict=True):
         assert (a.double() - b).abs().max() <= 1e-5 * b.abs().max()
+
+
+@pytest.mark.parametrize("kind", [None, "mask", "weight"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_moments_beside_tokens_have_the_gradients_of_both(kind, dtype, assert_same):
+    x = (torch.randn(2, 13, C) + 1).to(dtype).requires_grad_()
+    weight = {None: None, "mask": torch.rand(2, 13) < 0.6, "weight": torch.rand(2, 13, dtype=torch.float64)}[kind]
+    w = torch.randn(2, 13, C, dtype=dtype)
+
+    def loss(moments, x):
+        return (moments.scatter**2).sum() + moments.mean.sum() + (w * x**2).sum().to(moments.mean.dtype)
+
+    found = torch.autograd.grad(loss(*Moments.beside(x, weight)), x)[0]
+    expected = torch.autograd.grad(loss(Moments.of(x, weight), x), x)[0]
+    if dtype == torch.float64:
+        assert_same(found, expected)
+    else:
+        assert (found - expected).abs().max() <= 2 * torch.finfo(dtype).eps * expected.abs().max()
+
+
+def test_a_layer_leaves_the_gradient_it_is_given_alone():
+    layer = SeqNormAttention(C, 1, order="moments", dtype=torch.float64)
+    layer.proj.weight.data = torch.eye(C, dtype=torch.float64)
+    x, by = torch.randn(2, 2, 13, C, dtype=torch.float64).unbind(0)
+    before = by.clone()
+    layer(x.requires_grad_()).backward(by)
+    assert torch.equal(by, before)

@@ -106,6 +106,10 @@ class AffineAttention(HeadsAttention):
         """All that the layer needs to know of the other tokens."""
         raise NotImplementedError
 
+    def summarise_beside(self, x: Float[Tensor, "b n c"], mask: Weight) -> tuple[Any, Float[Tensor, "b n c"]]:
+        """`summarise`, and `x` to be used instead of `x` afterwards."""
+        return self.summarise(x, mask), x
+
     def finish(self, state: Any, known: None = None) -> Finished:
         """The affine map `(M, c)` that the layer applies to each token, from the summary of all of them."""
         raise NotImplementedError
@@ -133,7 +137,8 @@ class AffineAttention(HeadsAttention):
         check_layer(x, mask)
         order, x = self.choose(x).order, without_padding(x, mask)
         if order == "moments":
-            return without_padding(self.map(self.finish(self.summarise(x, mask)), x), mask)
+            state, x = self.summarise_beside(x, mask)
+            return without_padding(self.map(self.finish(state), x), mask)
         return without_padding(self.project(x, mask, order), mask)
 
 
@@ -179,6 +184,10 @@ class SeqNormAttention(AffineAttention):
     def summarise(self, x: Float[Tensor, "b n c"], mask: Weight = None, known: None = None) -> Moments:
         """All that the layer needs to know of the other tokens."""
         return Moments.of(x, mask)
+
+    def summarise_beside(self, x: Float[Tensor, "b n c"], mask: Weight) -> tuple[Moments, Float[Tensor, "b n c"]]:
+        """The moments, and `x` to be used instead of `x` afterwards: backward then needs less memory."""
+        return Moments.beside(x, mask)
 
     def finish(self, state: Moments, known: None = None) -> Finished:
         """The affine map `(M, c)` that the layer applies to each token, from the moments of all of them."""

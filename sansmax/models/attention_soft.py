@@ -34,6 +34,9 @@ from sansmax.ops.soft import (
 )
 from sansmax.ops.soft_pieces import soft_apply
 
+# queries in memory at a time where no gradients are wanted
+CHUNK_TOKENS = 4096
+
 
 class Place(NamedTuple):
     """Where a chunk of tokens stands: how many real tokens come before it, and how many there are, per image."""
@@ -132,6 +135,8 @@ class SoftAttention(nn.Module):
         """Attention over all tokens at once; `grid` is the (height, width) of the tokens in row-major order."""
         check_layer(x, mask)
         x = without_padding(x, mask)
+        if self.streams and self.folds and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return without_padding(self._folded_in_chunks(x, mask), mask)
         q = self._heads(self.q(x))
         if self.ratio is not None:
             landmarks = Landmarks(self._convolved(q, mask, grid), None)
@@ -153,6 +158,19 @@ class SoftAttention(nn.Module):
             **self.options,
         )
         return without_padding(self._out(out), mask)
+
+    def _folded_in_chunks(self, x: Float[Tensor, "b n c"], mask: Weight) -> Float[Tensor, "b n c"]:
+        # the rows of the kernel wait for their sums; queries are there of one chunk only
+        landmarks = self.finish(self.summarise(x, mask))
+        rows = x.new_empty(*x.shape[:2], self.num_heads * self.num_landmarks, dtype=landmarks.values.dtype)
+        state = None
+        for first in range(0, x.shape[1], CHUNK_TOKENS):
+            chunk = slice(first, first + CHUNK_TOKENS)
+            some, real = x[:, chunk], None if mask is None else mask[:, chunk]
+            rows[:, chunk] = soft_layer_rows(self._heads(self.q(some)), landmarks.values, real)
+            part = SoftLayerState.of(rows[:, chunk], some, real)
+            state = part if state is None else state.merge(part)
+        return self._read(rows, self.finish(state, landmarks).right, x)
 
     def _heads(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b h n d"]:
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)

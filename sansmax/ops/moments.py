@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sansmax.ops.checks import IMPLEMENTATIONS, check_choice
-from sansmax.ops.moments_blocked import centred_moments
+from sansmax.ops.moments_blocked import MomentsBesideTokens, centred_moments
 
 Weight = Bool[Tensor, "*b n"] | Float[Tensor, "*b n"] | None
 
@@ -89,6 +89,20 @@ class Moments(NamedTuple):
             else:
                 count = weight.sum(-1).to(mean.dtype)
             return cls(count, mean.reshape(*lead, -1), scatter.reshape(*lead, *scatter.shape[-2:]))
+
+    @classmethod
+    def beside(cls, x: Float[Tensor, "b n c"], weight: Weight = None) -> tuple["Moments", Float[Tensor, "b n c"]]:
+        """`Moments.of(x, weight)`, and `x` to be used instead of `x` afterwards: backward then needs less memory.
+
+        Only for a use whose backward makes the gradient of `x` anew, as a product does: it is overwritten.
+        """
+        tracked = torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_compiling()
+        if not tracked or (weight is not None and weight.dtype != torch.bool):
+            return cls.of(x, weight), x
+        with torch.autocast(x.device.type, enabled=False):
+            mean, scatter, x = MomentsBesideTokens.apply(x, weight)
+            count = mean.new_full(x.shape[:1], x.shape[1]) if weight is None else weight.sum(-1).to(mean.dtype)
+            return cls(count, mean, scatter), x
 
     def merge(self, other: "Moments") -> "Moments":
         """Moments of the union of two disjoint sets of tokens."""

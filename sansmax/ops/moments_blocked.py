@@ -79,14 +79,43 @@ def _setup(ctx, inputs: tuple[Tensor, Tensor | None], output: tuple[Tensor, Tens
 def _backward(ctx, by_mean: Tensor, by_scatter: Tensor) -> tuple[Tensor, None]:
     x, mask, mean = ctx.saved_tensors
     with torch.autocast(x.device.type, enabled=False):
-        count = x.shape[1] if mask is None else mask.sum(-1, keepdim=True).clamp_min(1)
-        both = by_scatter + by_scatter.mT
-        shift = (by_mean / count).unsqueeze(-2) - mean.unsqueeze(-2) @ both
+        both, shift = _slope(x, mask, mean, by_mean, by_scatter)
         # bfloat16 has the range of float32; float16 has not
         wide = both.dtype if x.dtype == torch.float16 else x.dtype
         real = x if mask is None else x.masked_fill(~mask.unsqueeze(-1), 0.0)
         by_x = torch.baddbmm(shift.to(wide), real.to(wide), both.to(wide)).to(x.dtype)
         return by_x if mask is None else by_x.masked_fill(~mask.unsqueeze(-1), 0.0), None
+
+
+def _slope(x: Tensor, mask: Tensor | None, mean: Tensor, by_mean: Tensor, by_scatter: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient by X as an affine map of X: its matrix, and what is added."""
+    count = x.shape[1] if mask is None else mask.sum(-1, keepdim=True).clamp_min(1)
+    both = by_scatter + by_scatter.mT
+    return both, (by_mean / count).unsqueeze(-2) - mean.unsqueeze(-2) @ both
+
+
+class MomentsBesideTokens(torch.autograd.Function):
+    """`centred_moments` of the tokens, and the tokens themselves to be used from here on.
+
+    Backward then has the gradient of both uses at once, and adds the moments' part in place to the other: one tensor of
+    the size of the tokens, where two and their sum would be three. The other use must have made its gradient anew.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean, scatter and the tokens."""
+        mean, scatter = centred_moments(x, mask)
+        ctx.save_for_backward(x, mask, mean)
+        return mean, scatter, x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, by_mean: Tensor, by_scatter: Tensor, by_x: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """The gradient by the tokens."""
+        x, mask, mean = ctx.saved_tensors
+        if mask is not None or torch.is_grad_enabled() or x.dtype != mean.dtype:
+            return by_x + _backward(ctx, by_mean, by_scatter)[0], None
+        both, shift = _slope(x, mask, mean, by_mean, by_scatter)
+        return by_x.baddbmm_(x, both).add_(shift), None
 
 
 centred_moments.register_autograd(_backward, setup_context=_setup)
