@@ -24,6 +24,7 @@ ORDER_DIMS = (64, 192, 384, 768)
 ORDER_BATCHES = (1, 8, 32)
 LANDMARKS = 49
 IN_CHUNKS = " in chunks"
+NORMALISED_FIRST = "normalise first"
 PEER_NAMES = ("nystrom", "performer")
 
 
@@ -131,8 +132,9 @@ def target_cases(setup: Setup) -> list[Case]:
     quick, found = setup.quick, []
     for machine in setup.machines():
         for tokens in (1024,) if quick else (4096, 16384):
-            names = ("seqnorm", "seqnorm:linear", BASELINE, *(() if quick else PEER_NAMES), PRODUCTS)
-            whole = Case("seqnorm layer", "layer", tokens, 384, 6, names, **machine)
+            peers = () if quick else PEER_NAMES
+            names = ("seqnorm", "seqnorm:linear", NORMALISED_FIRST, BASELINE, *peers, PRODUCTS)
+            whole = Case("seqnorm layer", "seqnorm", tokens, 384, 6, names, **machine)
             found += [replace(whole, direction=direction) for direction in setup.directions or DIRECTIONS]
         names = ("sima_attention", "normalise, then multiply", "the same by abs and sum")
         alone = Case("sima attention alone", "sima", 1024 if quick else 4096, 384, 6, names, **machine)

@@ -5,14 +5,16 @@ What is measured here is looked up when it is measured, so a case of something t
 
 import importlib
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sansmax.engine.cases import IN_CHUNKS, LANDMARKS, Case
+from sansmax.engine.cases import IN_CHUNKS, LANDMARKS, NORMALISED_FIRST, Case
 from sansmax.engine.contestants import Step, build_block, dtype_of, network_step, passes, random_tokens, step_of
+from sansmax.models.attention import SeqNormAttention
 from sansmax.models.attention_soft import SoftAttention
 from sansmax.ops.moments import Weight
 
@@ -35,11 +37,15 @@ def looked_up(module: str, name: str) -> Callable[..., Any]:
 
 
 def operation_step(case: Case, name: str) -> Step:
-    """One pass of SimA on the heads of the case, or of a SOFT layer on its tokens, or of their formulas."""
+    """One pass of SimA on the heads of the case, or of a SeqNorm or SOFT layer on its tokens, or of their formulas."""
     if case.kind == "sima":
         function = SIMA_WRITTEN_OUT.get(name) or looked_up("sansmax.ops", name)
         return passes(function, _qkv(case), [], case.backward)
     torch.manual_seed(0)
+    if case.kind == "seqnorm" and name != NORMALISED_FIRST:
+        return network_step(replace(case, kind="layer"), name)
+    if case.kind == "seqnorm":
+        return step_of(SeqNormWrittenOut(case.dim, case.heads), case)
     build = SoftWrittenOut if name == "formula written out" else SoftAttention
     return step_of(build(case.dim, case.heads, num_landmarks=LANDMARKS, inverse="newton"), case)
 
@@ -66,6 +72,22 @@ def sima_by_sums(q: Tensor, k: Tensor, v: Tensor, eps: float = 1e-12) -> Tensor:
     q = q / q.abs().sum(-2, keepdim=True).clamp_min(eps)
     k = k / k.abs().sum(-2, keepdim=True).clamp_min(eps)
     return q @ (k.mT @ v)
+
+
+class SeqNormWrittenOut(SeqNormAttention):
+    """The SeqNorm layer as its formula stands: Q, K and V normalised over the tokens, then Q^ (K^^T V^) / n."""
+
+    def forward(self, x: Tensor, mask: Weight = None) -> Tensor:
+        """For tokens without padding."""
+        b, n, c = x.shape
+        normalised = []
+        for name, t in zip("qkv", self.qkv(x).chunk(3, dim=-1), strict=True):
+            variance, mean = torch.var_mean(t, dim=1, correction=0, keepdim=True)
+            t = (t - mean) / (variance + self.eps).sqrt()
+            t = t * self.get_parameter(f"gamma_{name}") + self.get_parameter(f"beta_{name}")
+            normalised.append(t.view(b, n, self.num_heads, -1).transpose(1, 2))
+        q, k, v = normalised
+        return self.proj((q @ (k.mT @ v / n)).transpose(1, 2).reshape(b, n, c))
 
 
 SIMA_WRITTEN_OUT = {"normalise, then multiply": sima_written_out, "the same by abs and sum": sima_by_sums}

@@ -28,6 +28,7 @@ PREPARE: dict[str, Callable[[Case, str], Step]] = {
     "layer": network_step,
     "encoder": network_step,
     "block": network_step,
+    "seqnorm": operation_step,
     "sima": operation_step,
     "soft": operation_step,
     "chunked": chunked_step,
