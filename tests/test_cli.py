@@ -320,7 +320,7 @@ VERBS = dict(get_command(app).commands)
 
 
 def test_the_verbs_are_those_promised():
-    assert set(VERBS) == {"train", "evaluate", "predict", "heatmap", "models", "doctor", "demo"}
+    assert set(VERBS) == {"train", "evaluate", "predict", "heatmap", "benchmark", "models", "doctor", "demo"}
     said = sansmax("--help")
     assert said.status == 0
     assert all(re.search(rf"^  {name} ", said.out, re.M) for name in VERBS)
