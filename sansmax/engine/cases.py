@@ -156,7 +156,7 @@ def target_cases(setup: Setup) -> list[Case]:
     dtype = "bfloat16" if setup.dtypes == ("float32",) else setup.dtypes[0]
     for threads in setup.threads:
         machine = {"dtype": dtype, "threads": threads, "device": setup.device}
-        names = (f"seqnorm{IN_CHUNKS}", f"sima{IN_CHUNKS}", "seqnorm", PRODUCTS)
+        names = (f"seqnorm{IN_CHUNKS}", "seqnorm", PRODUCTS)
         found.append(
             Case("encoder in chunks", "chunked", 4096 if quick else 262144, 192, 3, names, depth=12, **machine)
         )
