@@ -113,6 +113,16 @@ def test_two_rounds_of_chunks_are_the_layer(order, assert_same):
     assert_same(out[mask], layer(x, mask)[mask])
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_queries_a_chunk_at_a_time_give_the_same(masked, assert_same, monkeypatch):
+    monkeypatch.setattr("sansmax.models.attention_soft.CHUNK_TOKENS", 5)
+    layer, x = build(), draw()
+    mask = (torch.rand(2, N) < 0.6).index_fill(1, torch.tensor(0), True) if masked else None
+    with torch.no_grad():
+        found = layer(x, mask)
+    assert_same(found, layer(x, mask))
+
+
 def test_fewer_tokens_than_landmarks_use_as_many_as_there_are(assert_same):
     layer, x = build(num_landmarks=D - 1), draw(n=3)
     landmarks = heads(layer.q(x))
