@@ -24,6 +24,7 @@ VARIANTS = {
     "norm after pooling": {"fc_norm": True, "class_token": True},
     "layer scale, norm before": {"init_values": 0.5, "pre_norm": True, "class_token": True},
     "positions": {"pos_embed": "learn", "img_size": (56, 40), "class_token": True},
+    "sima": {"attention": "sima", "qkv_bias": True, "class_token": True, "attn_options": {"reference_tokens": 5}},
     "positions of patches": {"pos_embed": "learn", "img_size": (56, 40), "class_token": True, "no_embed_class": True},
 }
 
