@@ -17,6 +17,7 @@ from sansmax.models.blocks import ATTENTIONS
 from sansmax.ops import seqnorm_attention, sima_attention, softmax_attention
 
 torch.manual_seed(0)
+torch.set_default_dtype(torch.float64)
 wrong = {}
 
 class Operation(nn.Module):
@@ -53,7 +54,7 @@ def draw(make, b, n, masked):
 
 def same(name, found, expected):
     for a, e in zip(found, expected, strict=True):
-        if not (a - e).abs().max() <= 1e-5 * max(1.0, e.abs().max()):
+        if not (a - e).abs().max() <= 1e-10 * max(1.0, e.abs().max()):
             wrong[name] = f"differs by {(a - e).abs().max()}"
 """
 
