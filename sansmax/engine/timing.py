@@ -10,6 +10,7 @@ import dataclasses
 import gc
 import json
 import os
+import random
 import sys
 import time
 import traceback
@@ -92,16 +93,15 @@ def measure_times(case: Case, names: Sequence[str], budget: float, repeats: int,
     spent = dict.fromkeys(steps, 0.0)
     gc.collect()
     gc.disable()
-    waiting, turn = list(steps), 0
+    waiting, draw = list(steps), random.Random(0)
     while waiting:
-        # who begins changes, so that nobody always follows the same one
-        for name in waiting[turn % len(waiting) :] + waiting[: turn % len(waiting)]:
+        # drawn anew each time: whoever always follows one that fills the caches or gives memory back pays for it
+        for name in draw.sample(waiting, len(waiting)):
             say({"begin": name, "pid": os.getpid()})
             seconds = _seconds(steps[name], calls[name], wait)
             samples[name].append(seconds)
             spent[name] += seconds * calls[name]
         waiting = [n for n in waiting if len(samples[n]) < repeats and spent[n] < budget]
-        turn += 1
     say({"samples": samples})
 
 
