@@ -62,8 +62,9 @@ def sima_costs(n: int, c: int, d: int) -> dict[str, int]:
     """Multiplications of one image; the l1 norms need Q and K in every order."""
     return {
         "moments": 4 * n * c * c + 2 * c**3 + 2 * c * c * d,
-        "linear": 4 * n * c * c + 2 * n * c * d,
+        # first, so that it is taken where both cost the same: it has fewer steps
         "quadratic": 4 * n * c * c + 2 * n * n * c,
+        "linear": 4 * n * c * c + 2 * n * c * d,
     }
 
 
