@@ -165,12 +165,11 @@ def verdict(cells: Sequence[tuple[float | None, str]]) -> str:
 
 
 def pictures(rows: Sequence[Row], folder: Path, stem: str) -> list[tuple[str, str]]:
-    """A picture for each table over three or more sizes: title and file name. The first one is named `stem` alone."""
+    """A picture for each table over two or more sizes: title and file name. The first one is named `stem` alone."""
     found = []
     for own in split(rows, ONE_TABLE):
         drawn = best_rows(own)
-        # two sizes are no curve
-        if len({row["tokens"] for row in drawn if row["seconds"] is not None}) < 3:
+        if len({row["tokens"] for row in drawn if row["seconds"] is not None}) < 2:
             continue
         row = own[0]
         name = f"{stem}.png" if not found else f"{stem}_{slug(row)}.png"
