@@ -142,7 +142,10 @@ def test_progress_counts_to_its_total(attention):
         ({"keep": "all"}, "keep must be one of inputs, recompute, got 'all'"),
         ({"in_place": True}, "in_place overwrites the tokens that gradients need"),
         ({"tokens": torch.randn(2, 0, C, dtype=torch.float64)}, r"there are no tokens, shape \(2, 0, 22\)"),
-        ({"tokens": torch.randn(3, C, dtype=torch.float64)}, r"tokens must be \(images, tokens, channels\)"),
+        (
+            {"tokens": torch.randn(3, C, dtype=torch.float64)},
+            r"takes tokens \(batch, tokens, channels\), got shape \(3, 22\)",
+        ),
         ({"mask": torch.ones(2, N, dtype=torch.int64)}, r"mask\.bool\(\)"),
         ({"mask": torch.ones(2, N + 1, dtype=torch.bool)}, r"one value per image and token, \(2, 29\), got \(2, 30\)"),
         ({"blocks": [torch.nn.Identity()]}, r"block 0 \(Identity\) cannot run in chunks"),

@@ -5,6 +5,8 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
+from sansmax.engine.peers import PEERS
+
 PRODUCTS = "products alone"
 BASELINE = "softmax"
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -25,15 +27,14 @@ ORDER_BATCHES = (1, 8, 32)
 LANDMARKS = 49
 IN_CHUNKS = " in chunks"
 NORMALISED_FIRST = "normalise first"
-PEER_NAMES = ("nystrom", "performer")
 
 
 @dataclass(frozen=True)
 class Case:
     """One thing to compute, and who is to compute it side by side.
 
-    `kind` says what is built: "layer", "encoder" and "block" are networks of named mechanisms, "sima" and "soft" single
-    operations on given q, k, v, "chunked" an encoder run in chunks.
+    `kind` says what is built: "layer", "encoder" and "block" are networks of named mechanisms, "seqnorm" and "soft"
+    layers beside their formulas, "sima" the operation on given q, k, v beside its own, "chunked" an encoder in chunks.
     """
 
     name: str
@@ -132,7 +133,7 @@ def target_cases(setup: Setup) -> list[Case]:
     quick, found = setup.quick, []
     for machine in setup.machines():
         for tokens in (1024,) if quick else (4096, 16384):
-            peers = () if quick else PEER_NAMES
+            peers = () if quick else tuple(PEERS)
             names = ("seqnorm", "seqnorm:linear", NORMALISED_FIRST, BASELINE, *peers, PRODUCTS)
             whole = Case("seqnorm layer", "seqnorm", tokens, 384, 6, names, **machine)
             found += [replace(whole, direction=direction) for direction in setup.directions or DIRECTIONS]

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from sansmax.errors import InputError
 from sansmax.models.attention_soft import Place
 from sansmax.models.blocks import Block
-from sansmax.ops.checks import check_mask
-from sansmax.ops.moments import Weight, without_padding
+from sansmax.ops.checks import check_layer
+from sansmax.ops.moments import Weight, merged, without_padding
 
 # temporaries of this many tokens stay in the cache of a CPU, and products fill it
 CHUNK_TOKENS = 4096
@@ -50,7 +50,7 @@ def run_chunked(
     the tokens each), or nothing but the tokens ("recompute": each block's input is made from them again, L (L + 1) / 2
     times the arithmetic of one block). `progress(done, total)` is called after each chunk of a forward pass.
 
-    Raises InputError for blocks that have no two phases or that draw random numbers (dropout in training would depend
+    Raises ValueError for blocks that have no two phases or that draw random numbers (dropout in training would depend
     on the chunks), and for wrong arguments.
     """
     _check(blocks, tokens, mask, chunk_tokens, keep)
@@ -68,11 +68,7 @@ def run_chunked(
 
 
 def _check(blocks: Iterable[nn.Module], tokens: Tensor, mask: Weight, chunk_tokens: int, keep: str) -> None:
-    if tokens.ndim != 3:
-        raise InputError(f"tokens must be (images, tokens, channels), got shape {tuple(tokens.shape)}")
-    if tokens.shape[1] == 0:
-        raise InputError(f"there are no tokens, shape {tuple(tokens.shape)}; attention needs at least one")
-    check_mask(mask, tokens.shape[0], tokens.shape[1])
+    check_layer(tokens, mask)
     if chunk_tokens < 1:
         raise InputError(f"chunk_tokens must be at least 1, got {chunk_tokens}")
     if keep not in KEEP:
@@ -116,7 +112,7 @@ class _Stack:
         """Runs all blocks; the tokens are overwritten unless the inputs are kept."""
         state: Any = None
         for chunk in self.chunks:
-            state = _merge(state, self.summarise(0, self.inputs[0][:, chunk], chunk))
+            state = merged(state, self.summarise(0, self.inputs[0][:, chunk], chunk))
             self._tick()
         for layer, block in enumerate(self.blocks):
             x = self.inputs[layer]
@@ -125,7 +121,7 @@ class _Stack:
             for _ in range(1, block.rounds):
                 state = None
                 for chunk in self.chunks:
-                    state = _merge(state, self.summarise(layer, x[:, chunk], chunk, known[-1]))
+                    state = merged(state, self.summarise(layer, x[:, chunk], chunk, known[-1]))
                     self._tick()
                 known.append(block.finish(state, known[-1]))
             self.known.append(known)
@@ -134,7 +130,7 @@ class _Stack:
                 out = block.map(known[-1], without_padding(x[:, chunk], self.weight(chunk)))
                 y[:, chunk] = out
                 if layer + 1 < len(self.blocks):
-                    state = _merge(state, self.summarise(layer + 1, out, chunk))
+                    state = merged(state, self.summarise(layer + 1, out, chunk))
                 self._tick()
             self.inputs.append(y)
 
@@ -213,7 +209,7 @@ class _Gradients:
         with torch.enable_grad():
             state = None
             for part in parts:
-                state = _merge(state, part)
+                state = merged(state, part)
             given = _floats(block.finish(state, before))
         leaves = [t for part in parts for t in _floats(part)]
         by_all = iter(self._differentiate(given, by_known, [*leaves, *_floats(before)], block))
@@ -271,10 +267,6 @@ class _Differentiable(torch.autograd.Function):
         gradients = _Gradients(ctx.run, by_result, parameters)
         gradients.all_layers()
         return None, gradients.tokens, gradients.weight, *(gradients.of[id(p)] for p in parameters)
-
-
-def _merge(a: Any, b: Any) -> Any:
-    return b if a is None else a.merge(b)
 
 
 def _floats(fields: Any) -> list[Tensor]:

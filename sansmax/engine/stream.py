@@ -23,6 +23,7 @@ from sansmax.engine.explain import check_class, log_odds
 from sansmax.errors import InputError
 from sansmax.models.blocks import Block
 from sansmax.models.vit import VisionTransformer
+from sansmax.ops.moments import merged
 
 STORES = ("memory", "disk", "recompute")
 
@@ -186,7 +187,7 @@ class _Pass:
         for band in self.bands:
             x = self.embed(band)
             self.tokens.write(0, band, x)
-            summary = _merge(summary, self.summarise(0, x, band))
+            summary = merged(summary, self.summarise(0, x, band))
             self._tick()
         for layer, block in enumerate(self.blocks):
             self.finished.append(block.finish(summary))
@@ -195,7 +196,7 @@ class _Pass:
                 x = block.map(self.finished[layer], self.read(layer, band))
                 # without scores nobody reads a layer's input again: its place is used for the next
                 self.tokens.write(layer + 1, band, x, over=not self.classes)
-                summary = _merge(summary, self.summarise(layer + 1, x, band))
+                summary = merged(summary, self.summarise(layer + 1, x, band))
                 self._tick()
         return summary
 
@@ -257,7 +258,7 @@ class _Pass:
         with torch.enable_grad():
             total = None
             for part in parts:
-                total = _merge(total, part)
+                total = merged(total, part)
             leaves = [t for part in parts for t in part]
             by_part: Iterator[Tensor | None] = iter(torch.autograd.grad(answer(total).sum(), leaves, allow_unused=True))
         for band, part in zip(self.bands, parts, strict=True):
@@ -272,10 +273,6 @@ class _Pass:
                 scores[band.tokens] += by_w[0].double().cpu()
             gradients.write(0, band, by_x if layer == self.layers else gradients.read(0, band) + by_x)
             self._tick()
-
-
-def _merge(a: Any, b: Any) -> Any:
-    return b if a is None else a.merge(b)
 
 
 def _dot(values: Sequence[Tensor], weights: Sequence[Tensor | None]) -> Tensor:

@@ -1,46 +1,26 @@
-"""Single operations made ready to run, each beside its formula written out.
+"""Single operations and layers made ready to run, each beside its formula written out."""
 
-What is measured here is looked up when it is measured, so a case of something that this version lacks says so.
-"""
-
-import importlib
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sansmax.engine.cases import IN_CHUNKS, LANDMARKS, NORMALISED_FIRST, Case
+from sansmax.engine.chunked import run_chunked
 from sansmax.engine.contestants import Step, build_block, dtype_of, network_step, passes, random_tokens, step_of
 from sansmax.models.attention import SeqNormAttention
 from sansmax.models.attention_soft import SoftAttention
+from sansmax.ops import sima_attention
 from sansmax.ops.moments import Weight
 
 NEWTON_STEPS = 20
 
 
-class NotThere(Exception):
-    """This version of the package lacks what is to be measured."""
-
-
-def looked_up(module: str, name: str) -> Callable[..., Any]:
-    """A function of this package by name.
-
-    Raises NotThere.
-    """
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError):
-        raise NotThere(f"not there yet: this version has no {module}.{name}") from None
-
-
 def operation_step(case: Case, name: str) -> Step:
     """One pass of SimA on the heads of the case, or of a SeqNorm or SOFT layer on its tokens, or of their formulas."""
     if case.kind == "sima":
-        function = SIMA_WRITTEN_OUT.get(name) or looked_up("sansmax.ops", name)
-        return passes(function, _qkv(case), [], case.backward)
+        return passes(SIMA[name], _qkv(case), [], case.backward)
     torch.manual_seed(0)
     if case.kind == "seqnorm" and name != NORMALISED_FIRST:
         return network_step(replace(case, kind="layer"), name)
@@ -55,11 +35,10 @@ def chunked_step(case: Case, name: str) -> Step:
     mechanism = name.removesuffix(IN_CHUNKS)
     if mechanism == name:
         return network_step(case, name)
-    run = looked_up("sansmax.engine.chunked", "run_chunked")
     torch.manual_seed(0)
     blocks = nn.ModuleList(build_block(mechanism, case.dim, case.heads) for _ in range(case.depth))
     blocks = blocks.to(case.device, dtype_of(case)).eval()
-    return passes(lambda x: run(blocks, x), [random_tokens(case)], list(blocks.parameters()), case.backward)
+    return passes(lambda x: run_chunked(blocks, x), [random_tokens(case)], list(blocks.parameters()), case.backward)
 
 
 def sima_written_out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -90,7 +69,11 @@ class SeqNormWrittenOut(SeqNormAttention):
         return self.proj((q @ (k.mT @ v / n)).transpose(1, 2).reshape(b, n, c))
 
 
-SIMA_WRITTEN_OUT = {"normalise, then multiply": sima_written_out, "the same by abs and sum": sima_by_sums}
+SIMA = {
+    "sima_attention": sima_attention,
+    "normalise, then multiply": sima_written_out,
+    "the same by abs and sum": sima_by_sums,
+}
 
 
 class SoftWrittenOut(SoftAttention):

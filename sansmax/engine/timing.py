@@ -22,7 +22,7 @@ import torch
 from sansmax.engine.cases import Case
 from sansmax.engine.contestants import Step, network_step
 from sansmax.engine.memory import forget_peak, give_back, limit_memory, peak_mib
-from sansmax.engine.targets import NotThere, chunked_step, operation_step
+from sansmax.engine.targets import chunked_step, operation_step
 from sansmax.errors import InputError
 
 PREPARE: dict[str, Callable[[Case, str], Step]] = {
@@ -119,12 +119,12 @@ def _nothing() -> None:
 
 
 # what a contestant may answer instead of a time; anything else is a fault of ours
-_OUTCOMES = (NotThere, InputError, RuntimeError, NotImplementedError, MemoryError, TypeError, ValueError)
+_OUTCOMES = (InputError, RuntimeError, NotImplementedError, MemoryError, TypeError, ValueError)
 
 
 def reason_of(error: Exception) -> str:
     """Why a contestant cannot run, in one line."""
-    if isinstance(error, NotThere | InputError):
+    if isinstance(error, InputError):
         return str(error)
     text = " ".join(str(error).split())
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:

@@ -31,22 +31,36 @@ from sansmax.ops import (
 )
 from sansmax.ops.checks import check_choice, check_layer, check_num_heads
 from sansmax.ops.moments import Weight, without_padding
-from sansmax.ops.pointwise import ACTIVATIONS
+from sansmax.ops.pointwise import check_form
 from sansmax.ops.sima import check_reference
 
 Finished = tuple[Float[Tensor, "b c c"], Float[Tensor, "b c"]]
 
 
-class HeadsAttention(nn.Module):
-    """What the layers share: `qkv` and `proj`, named and shaped as in timm's attention.
+class Attention(nn.Module):
+    """What every layer has: a mechanism, its orders, and whether and in how many rounds it can be summarised.
 
     Raises ValueError if `dim` is not a multiple of `num_heads`, or for an order that the mechanism lacks.
     """
 
     mechanism = ""
     orders: tuple[str, ...] = ("auto", "quadratic")
-    streams = False
     rounds = 1
+
+    def __init__(self, dim: int, num_heads: int, order: str) -> None:
+        super().__init__()
+        check_num_heads(dim, num_heads)
+        check_choice("order", order, self.orders, f"{self.mechanism} attention")
+        self.num_heads, self.order = num_heads, order
+
+    @property
+    def streams(self) -> bool:
+        """Whether the layer has the two phases."""
+        return False
+
+
+class HeadsAttention(Attention):
+    """A layer with one projection `qkv` and another `proj`, named and shaped as in timm's attention."""
 
     def __init__(
         self,
@@ -59,10 +73,7 @@ class HeadsAttention(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        check_num_heads(dim, num_heads)
-        check_choice("order", order, self.orders, f"{self.mechanism} attention")
-        self.num_heads, self.order = num_heads, order
+        super().__init__(dim, num_heads, order)
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, device=device, dtype=dtype)
         self.proj = nn.Linear(dim, dim, bias=proj_bias, device=device, dtype=dtype)
         self.proj_drop = nn.Dropout(proj_drop)
@@ -100,7 +111,11 @@ class AffineAttention(HeadsAttention):
     """
 
     orders = ORDERS
-    streams = True
+
+    @property
+    def streams(self) -> bool:
+        """Always: the summary has a fixed size."""
+        return True
 
     def summarise(self, x: Float[Tensor, "b n c"], mask: Weight = None, known: None = None) -> Any:
         """All that the layer needs to know of the other tokens."""
@@ -266,12 +281,7 @@ class PointwiseAttention(HeadsAttention):
         **arguments: Any,
     ) -> None:
         super().__init__(dim, num_heads, **arguments)
-        check_choice("activation", activation, ACTIVATIONS, "pointwise attention")
-        if self.order == "linear" and activation != "polynomial":
-            raise ValueError(
-                f"order of pointwise attention with {activation} must be one of auto, quadratic, got 'linear'; "
-                "polynomials alone have a linear one"
-            )
+        check_form(activation, degree, self.order)
         self.options: dict[str, Any] = {
             "activation": activation,
             "degree": degree,

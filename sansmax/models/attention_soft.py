@@ -20,9 +20,10 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from sansmax.ops.checks import check_choice, check_layer, check_num_heads
+from sansmax.models.attention import Attention
+from sansmax.ops.checks import check_choice, check_layer
 from sansmax.ops.landmarks import LandmarkSums, sequence_groups
-from sansmax.ops.moments import Weight, without_padding
+from sansmax.ops.moments import Weight, merged, without_padding
 from sansmax.ops.soft import (
     INVERSES,
     SoftLayerState,
@@ -66,7 +67,7 @@ class FoldedReading(NamedTuple):
     right: Float[Tensor, "b k c"]
 
 
-class SoftAttention(nn.Module):
+class SoftAttention(Attention):
     """SOFT attention (`normalized=True`: SOFT++) with landmarks pooled or convolved from the queries.
 
     `inverse` is "cholesky" (exact), "newton" (the published SOFT, unfinished on purpose) or "halved" (SOFT++); see
@@ -95,15 +96,13 @@ class SoftAttention(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        check_num_heads(dim, num_heads)
-        check_choice("order", order, self.orders, "soft attention")
+        super().__init__(dim, num_heads, order)
         check_choice("inverse", inverse, INVERSES, "soft attention")
         for name, value in (("num_landmarks", num_landmarks), ("ratio", 1 if ratio is None else ratio)):
             if value < 1:
                 raise ValueError(f"{name} of soft attention must be at least 1, got {value}")
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.num_heads, self.order, self.num_landmarks, self.ratio = num_heads, order, num_landmarks, ratio
+        self.num_landmarks, self.ratio = num_landmarks, ratio
         self.options: dict[str, Any] = {"inverse": inverse, "normalized": normalized}
         self.q = nn.Linear(dim, dim, bias=qkv_bias, **factory)
         self.v = nn.Linear(dim, dim, bias=qkv_bias, **factory)
@@ -141,9 +140,7 @@ class SoftAttention(nn.Module):
         if self.ratio is not None:
             landmarks = Landmarks(self._convolved(q, mask, grid), None)
         else:
-            landmarks = self._pooled(
-                LandmarkSums.of(x, sequence_groups(x, self.num_landmarks, mask), self.num_landmarks, mask)
-            )
+            landmarks = self.finish(self.summarise(x, mask))
         if self.folds:
             rows = soft_layer_rows(q, landmarks.values, mask)
             finished = self.finish(SoftLayerState.of(rows, x, mask), landmarks)
@@ -168,8 +165,7 @@ class SoftAttention(nn.Module):
             chunk = slice(first, first + CHUNK_TOKENS)
             some, real = x[:, chunk], None if mask is None else mask[:, chunk]
             rows[:, chunk] = soft_layer_rows(self._heads(self.q(some)), landmarks.values, real)
-            part = SoftLayerState.of(rows[:, chunk], some, real)
-            state = part if state is None else state.merge(part)
+            state = merged(state, SoftLayerState.of(rows[:, chunk], some, real))
         return self._read(rows, self.finish(state, landmarks).right, x)
 
     def _heads(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b h n d"]:

@@ -11,7 +11,7 @@ Shapes: leading axes are batch (and head); n tokens, c channels.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -56,6 +56,11 @@ def centred(
 def nonzero(count: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
     """`count`, or 1 where it is 0, to divide by: the sums over no tokens are 0 already."""
     return torch.where(count == 0, torch.ones_like(count), count)
+
+
+def merged(state: Any, other: Any) -> Any:
+    """The state of the union of two sets of tokens, of which the first may be none yet (None)."""
+    return other if state is None else state.merge(other)
 
 
 class Moments(NamedTuple):

@@ -63,14 +63,7 @@ def pointwise_attention(
     Raises ValueError for an order that the mechanism lacks, shapes or types that do not fit, and no tokens.
     """
     check_tokens(mask, q=q, k=k, v=v)
-    check_choice("activation", activation, ACTIVATIONS, "pointwise attention")
-    if activation == "polynomial":
-        _check_degree(degree)
-        allowed = ORDERS if degree <= LAST_LINEAR_DEGREE else ORDERS[:2]
-        check_choice("order", order, allowed, f"pointwise attention with a polynomial of degree {degree}")
-    else:
-        allowed = ORDERS[:2]
-        check_choice("order", order, allowed, f"pointwise attention with {activation}, which is no polynomial,")
+    allowed = check_form(activation, degree, order)
     check_choice("impl", impl, IMPLEMENTATIONS, "pointwise attention")
     real = mask[:, None, :, None] if mask is not None and mask.dtype == torch.bool else None
     if real is not None:
@@ -86,6 +79,19 @@ def pointwise_attention(
         f = _direct if impl == "torch" or (impl == "auto" and small) else _blockwise
         out = f(q, k, v, mask, activation, degree, length_exponent, bias)
     return out if real is None else out.masked_fill(~real, 0.0)
+
+
+def check_form(activation: str, degree: int, order: str) -> tuple[str, ...]:
+    """The orders that this activation has; raises ValueError where `order` is none of them, or for no activation."""
+    check_choice("activation", activation, ACTIVATIONS, "pointwise attention")
+    if activation == "polynomial":
+        _check_degree(degree)
+        allowed = ORDERS if degree <= LAST_LINEAR_DEGREE else ORDERS[:2]
+        check_choice("order", order, allowed, f"pointwise attention with a polynomial of degree {degree}")
+    else:
+        allowed = ORDERS[:2]
+        check_choice("order", order, allowed, f"pointwise attention with {activation}, which is no polynomial,")
+    return allowed
 
 
 class PointwiseState(NamedTuple):
