@@ -117,7 +117,8 @@ def stream_tokens(
 
 
 def _check(model: VisionTransformer, chunk_tokens: int, store: str) -> None:
-    obstacle = model.stream_obstacle if isinstance(model, VisionTransformer) else "it is not a network of this package"
+    other = None if isinstance(model, VisionTransformer) else "it is not a network of this package"
+    obstacle = getattr(model, "stream_obstacle", other)
     if obstacle is not None:
         raise InputError(
             f"{type(model).__name__} cannot run in chunks: {obstacle}. "

@@ -4,7 +4,10 @@ Keys are the queries, so there are projections to queries and values only. The l
 
 * pooled to a fixed number (`num_landmarks`), for token sets of any length, with or without a grid: linear cost; or
 * by a convolution on the token grid (`ratio`, its kernel and stride), LayerNorm and GELU, as published: their number
-  grows with the image, and the cost with n^2 / ratio^2.
+  grows with the image, and the cost with n^2 / ratio^2. `landmark_grid` averages them to a fixed number of cells after
+  the convolution: nothing where there are as many, linear cost on larger grids, with the published weights.
+
+The published layers add a depthwise convolution of V on the grid (`value_kernel`), one filter for a whole head.
 
 Pooled landmarks are averages of queries, and so projections of averages of tokens: the layer reads the tokens once
 for those averages, once for P^T V, and once to map them. Where there are fewer landmarks than channels of a head, the
@@ -71,7 +74,8 @@ class SoftAttention(Attention):
     """SOFT attention (`normalized=True`: SOFT++) with landmarks pooled or convolved from the queries.
 
     `inverse` is "cholesky" (exact), "newton" (the published SOFT, unfinished on purpose) or "halved" (SOFT++); see
-    `sansmax.ops.inverse`. `ratio` asks for landmarks by convolution, and `forward` then needs the `grid` of tokens.
+    `sansmax.ops.inverse`. `ratio` asks for landmarks by convolution, `value_kernel` for the convolution of V; `forward`
+    then needs the `grid` of tokens.
 
     Raises ValueError if `dim` is not a multiple of `num_heads`, and for choices that do not exist.
     """
@@ -91,6 +95,8 @@ class SoftAttention(Attention):
         *,
         num_landmarks: int = 49,
         ratio: int | None = None,
+        landmark_grid: tuple[int, int] | None = None,
+        value_kernel: int | None = None,
         inverse: str = "cholesky",
         normalized: bool = False,
         device: torch.device | str | None = None,
@@ -101,8 +107,12 @@ class SoftAttention(Attention):
         for name, value in (("num_landmarks", num_landmarks), ("ratio", 1 if ratio is None else ratio)):
             if value < 1:
                 raise ValueError(f"{name} of soft attention must be at least 1, got {value}")
+        if landmark_grid is not None and ratio is None:
+            raise ValueError("landmark_grid averages landmarks made by convolution; give the ratio of that too")
+        if value_kernel is not None and value_kernel % 2 == 0:
+            raise ValueError(f"value_kernel must be odd, for a convolution around each token, got {value_kernel}")
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.num_landmarks, self.ratio = num_landmarks, ratio
+        self.num_landmarks, self.ratio, self.landmark_grid = num_landmarks, ratio, landmark_grid
         self.options: dict[str, Any] = {"inverse": inverse, "normalized": normalized}
         self.q = nn.Linear(dim, dim, bias=qkv_bias, **factory)
         self.v = nn.Linear(dim, dim, bias=qkv_bias, **factory)
@@ -113,20 +123,23 @@ class SoftAttention(Attention):
             d = dim // num_heads
             self.landmark_conv = nn.Conv2d(d, d, kernel_size=ratio, stride=ratio, bias=False, **factory)
             self.landmark_norm = nn.LayerNorm(d, eps=1e-5, **factory)
+        self.value_conv: nn.Conv2d | None = None
+        if value_kernel is not None:
+            self.value_conv = nn.Conv2d(
+                num_heads, num_heads, value_kernel, padding=value_kernel // 2, groups=num_heads, bias=False, **factory
+            )
 
     @property
     def folds(self) -> bool:
         """Whether V and the outputs of the heads are never made: by choice, or because it costs less."""
         return self.order == "folded" or (
-            self.order == "auto"
-            and self.num_landmarks < self.q.weight.shape[0] // self.num_heads
-            and self.ratio is None
+            self.order == "auto" and self.num_landmarks < self.q.weight.shape[0] // self.num_heads and self.streams
         )
 
     @property
     def streams(self) -> bool:
         """Whether the layer has the two phases; a convolution needs whole rows of neighbours."""
-        return self.ratio is None
+        return self.ratio is None and self.value_conv is None
 
     def forward(
         self, x: Float[Tensor, "b n c"], mask: Weight = None, grid: tuple[int, int] | None = None
@@ -136,25 +149,33 @@ class SoftAttention(Attention):
         x = without_padding(x, mask)
         if self.streams and self.folds and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return without_padding(self._folded_in_chunks(x, mask), mask)
+        if not self.streams:
+            self._check_grid(x.shape[1], mask, grid)
         q = self._heads(self.q(x))
         if self.ratio is not None:
-            landmarks = Landmarks(self._convolved(q, mask, grid), None)
+            assert grid is not None
+            landmarks = Landmarks(self._convolved(q, grid), None)
         else:
             landmarks = self.finish(self.summarise(x, mask))
         if self.folds:
             rows = soft_layer_rows(q, landmarks.values, mask)
             finished = self.finish(SoftLayerState.of(rows, x, mask), landmarks)
             return without_padding(self._read(rows, finished.right, x), mask)
+        v = self.v(x)
         out = soft_attention(
             q,
-            self._heads(self.v(x)),
+            self._heads(v),
             landmarks.values,
             mask=mask,
             landmark_mask=landmarks.real,
             order=self.order,
             **self.options,
         )
-        return without_padding(self._out(out), mask)
+        out = out.transpose(1, 2).flatten(2)
+        if self.value_conv is not None:
+            assert grid is not None
+            out = out + self._convolved_values(v, grid)
+        return without_padding(self.proj_drop(self.proj(out)), mask)
 
     def _folded_in_chunks(self, x: Float[Tensor, "b n c"], mask: Weight) -> Float[Tensor, "b n c"]:
         # the rows of the kernel wait for their sums; queries are there of one chunk only
@@ -181,28 +202,38 @@ class SoftAttention(Attention):
             values = F.linear(sums.value(), self.q.weight.to(dtype), None if bias is None else bias.to(dtype))
         return Landmarks(self._heads(values).masked_fill(~real[:, None, :, None], 0.0), real)
 
-    def _convolved(
-        self, q: Float[Tensor, "b h n d"], mask: Weight, grid: tuple[int, int] | None
-    ) -> Float[Tensor, "b h m d"]:
-        n, d = q.shape[-2:]
-        assert self.ratio is not None
+    def _check_grid(self, n: int, mask: Weight, grid: tuple[int, int] | None) -> None:
         if grid is None or grid[0] * grid[1] != n:
             raise ValueError(
-                f"landmarks by convolution need the grid of the {n} tokens as grid=(height, width), got {grid}; "
-                "for tokens without a grid build the layer with ratio=None"
+                f"convolutions need the grid of the {n} tokens as grid=(height, width), got {grid}; "
+                "for tokens without a grid build the layer with ratio=None and value_kernel=None"
             )
-        if min(grid) < self.ratio:
+        if self.ratio is not None and min(grid) < self.ratio:
             raise ValueError(f"a token grid of {grid[0]} x {grid[1]} is smaller than the landmark ratio {self.ratio}")
         if mask is not None:
             raise ValueError(
-                "landmarks by convolution mix neighbours and cannot leave out masked tokens; "
-                "build the layer with ratio=None, or give images without padding"
+                "convolutions mix neighbours and cannot leave out masked tokens; "
+                "build the layer with ratio=None and value_kernel=None, or give images without padding"
             )
+
+    def _convolved(self, q: Float[Tensor, "b h n d"], grid: tuple[int, int]) -> Float[Tensor, "b h m d"]:
+        d = q.shape[-1]
         # the published code convolves queries divided by d^(1/4), and compares these with the landmarks
         x = (q * d**-0.25).transpose(-1, -2).flatten(0, 1).unflatten(-1, grid)
-        x = self.landmark_conv(x).flatten(2).mT
-        x = F.gelu(self.landmark_norm(x)) * d**0.25
+        x = self.landmark_conv(x)
+        if self.landmark_grid is not None:
+            rows, columns = self.landmark_grid
+            x = F.adaptive_avg_pool2d(x, (min(rows, x.shape[-2]), min(columns, x.shape[-1])))
+        x = F.gelu(self.landmark_norm(x.flatten(2).mT)) * d**0.25
         return x.unflatten(0, (-1, self.num_heads))
+
+    def _convolved_values(self, v: Float[Tensor, "b n c"], grid: tuple[int, int]) -> Float[Tensor, "b n c"]:
+        conv, c = self.value_conv, v.shape[-1]
+        assert conv is not None
+        # tokens are a map whose channels lie together; a filter for each channel is one of its head
+        filters = conv.weight.repeat_interleave(c // self.num_heads, dim=0)
+        x = F.conv2d(v.mT.unflatten(2, grid), filters, padding=conv.padding, groups=c)
+        return x.flatten(2).mT
 
     # The two phases, for pooled landmarks
 
