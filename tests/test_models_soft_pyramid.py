@@ -15,8 +15,6 @@ from sansmax.models.soft import SoftBlock, checkpoint_filter_fn
 
 SIZES = ("tiny", "small", "medium", "large", "huge")
 PUBLISHED = [f"{family}_{size}" for family in ("soft", "soft_norm") for size in SIZES]
-    f"{family}_{size}" for family in ("soft", "soft_norm") for size in ["tiny", "small", "medium", "large", "huge"]
-]
 MILLIONS = {"tiny": 13.07, "small": 38.86, "small_24m": 24.11, "medium": 45.81, "large": 64.70, "huge": 87.11}
 LOGITS = ["soft_tiny_224", "soft_tiny_224x320", "soft_norm_tiny_224", "soft_medium_224"]
 # float32: SOFT's inverse amplifies rounding

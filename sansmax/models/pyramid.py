@@ -105,7 +105,7 @@ class Pyramid(nn.Module):
     def forward_intermediates(
         self,
         x: Float[Tensor, "b in_chans h w"],
-        indices: int | list[int] | None = None,
+        indices: int | Sequence[int] | None = None,
         norm: bool = False,
         stop_early: bool = False,
         output_fmt: str = "NCHW",
@@ -122,7 +122,7 @@ class Pyramid(nn.Module):
         """
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f'output_fmt must be "NCHW" or "NLC", got {output_fmt!r}')
-        wanted, last = feature_take_indices(len(self.stages), indices)
+        wanted, last = feature_take_indices(len(self.stages), _listed(indices))
         found, cls = [], None
         for i, stage in enumerate(self.stages[: last + 1] if stop_early else self.stages):
             x, cls = stage(x)
@@ -145,10 +145,10 @@ class Pyramid(nn.Module):
     # What timm asks for
 
     def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Leaves out the stages that `forward_intermediates` with these indices does not need."""
-        wanted, last = feature_take_indices(len(self.stages), indices)
+        wanted, last = feature_take_indices(len(self.stages), _listed(indices))
         shorter = last < len(self.stages) - 1
         if shorter:
             self.stages = self.stages[: last + 1]
@@ -170,8 +170,8 @@ class Pyramid(nn.Module):
             self.global_pool = self._checked_pool(global_pool)
         self.num_classes = num_classes
         where = next(self.parameters())
-        head = nn.Linear(self.num_features, num_classes, device=where.device, dtype=where.dtype)
-        self.head = head if num_classes > 0 else nn.Identity()
+        factory: dict[str, Any] = {"device": where.device, "dtype": where.dtype}
+        self.head = nn.Linear(self.num_features, num_classes, **factory) if num_classes > 0 else nn.Identity()
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """In training, keep the inputs of blocks only and compute their insides again."""
@@ -187,15 +187,19 @@ class Pyramid(nn.Module):
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Layers for layer-wise learning rates: whole stages if `coarse`, else each block by itself."""
         if coarse:
-            return {"stem": r"^stages\.0\.patch_embed|^stages\.0\.pos_embed", "blocks": r"^stages\.(\d+)"}
+            return {"stem": r"^stages\.0\.(?:patch_embed|pos_embed)", "blocks": r"^stages\.(\d+)"}
         return {
-            "stem": r"^stages\.0\.(patch_embed|pos_embed)",
+            "stem": r"^stages\.0\.(?:patch_embed|pos_embed)",
             "blocks": [
                 (r"^stages\.(\d+)\.(?:patch_embed|pos_embed|cls_token)", (0,)),
                 (r"^stages\.(\d+)\.blocks\.(\d+)", None),
                 (r"^norm", (99999,)),
             ],
         }
+
+
+def _listed(indices: int | Sequence[int] | None) -> int | list[int] | None:
+    return indices if indices is None or isinstance(indices, int) else list(indices)
 
 
 def _tokens(x: Float[Tensor, "b c h w"], cls: Float[Tensor, "b p c"] | None) -> Float[Tensor, "b t c"]:

@@ -246,8 +246,10 @@ def _save_summarise(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 
 def _differentiate_summarise(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    dq, dv, dl, dw = _summarise_backward(grad, *ctx.saved_tensors)
-    return dq, dv, dl, _or_none(dw, ctx.saved_tensors[3])
+    # once: checkpointing unpacks what was saved a single time
+    saved = ctx.saved_tensors
+    dq, dv, dl, dw = _summarise_backward(grad, *saved)
+    return dq, dv, dl, _or_none(dw, saved[3])
 
 
 soft_summarise.register_autograd(_differentiate_summarise, setup_context=_save_summarise)
@@ -360,8 +362,9 @@ def _save_mix(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
 
 
 def _differentiate_mix(ctx: Any, grad: Tensor, grad_total: Tensor) -> tuple[Tensor | None, ...]:
-    dq, dv, dl, dz, dw = _mix_backward(grad, grad_total, *ctx.saved_tensors)
-    return dq, dv, dl, dz, _or_none(dw, ctx.saved_tensors[5])
+    saved = ctx.saved_tensors
+    dq, dv, dl, dz, dw = _mix_backward(grad, grad_total, *saved)
+    return dq, dv, dl, dz, _or_none(dw, saved[5])
 
 
 soft_mix.register_autograd(_differentiate_mix, setup_context=_save_mix)
