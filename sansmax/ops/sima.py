@@ -229,3 +229,47 @@ def sima_affine(
         m = w_q.mT @ read
         c = read.new_zeros(read.shape[0], read.shape[-1]) if b_q is None else b_q @ read
         return m, c if b_out is None else c + b_out
+
+
+def sima_class_attention(
+    x: Float[Tensor, "b n c"],
+    w_qkv: Float[Tensor, "c3 c"],
+    b_qkv: Float[Tensor, "c3"] | None,
+    num_heads: int,
+    *,
+    eps: float = 1e-6,
+) -> Float[Tensor, "b c_out"]:
+    """What the first token reads from all tokens, in all heads side by side, before the output projection.
+
+    The first row of `sima_attention` on the projections of `x`, with fewer products: queries and keys are made for
+    their norms alone, a block of tokens at a time, and values never. Per head, with the first query q:
+
+        u = q / (|Q|_1 |K|_1),   a_n = u . K_n = (W_k^T u) . x_n + u . b_k
+        sum_n a_n V_n = W_v (sum_n a_n x_n) + (sum_n a_n) b_v
+
+    `w_qkv` and `b_qkv` hold queries, keys and values one after the other, (out, in) as in `nn.Linear`; `eps` is the
+    smallest norm a channel may have. In the dtype of `x`, with sums in float32 or wider; autocast narrows the queries
+    and keys that are made for the norms, and nothing else.
+
+    Raises ValueError if the width is not a multiple of `num_heads`.
+    """
+    kind = x.device.type
+    for_norms = x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+    with torch.autocast(kind, enabled=False):
+        wide = at_least_float32(x)
+        width = w_qkv.shape[0] // 3
+        check_num_heads(width, num_heads)
+        bias = None if b_qkv is None else b_qkv[: 2 * width]
+        q_norm, k_norm = projected_l1(for_norms, w_qkv[: 2 * width], bias).clamp_min(eps).chunk(2, dim=-1)
+        w_q, w_k, w_v = w_qkv.to(wide.dtype).chunk(3)
+        b_q, b_k, b_v = (None,) * 3 if b_qkv is None else b_qkv.to(wide.dtype).chunk(3)
+        u = torch.nn.functional.linear(wide[:, 0], w_q, b_q) / q_norm / k_norm
+        by_head = u.unflatten(-1, (num_heads, -1)).transpose(0, 1)
+        w_k, w_v = (w.unflatten(0, (num_heads, -1)) for w in (w_k, w_v))
+        scores = wide @ (by_head @ w_k).permute(1, 2, 0)
+        if b_k is not None:
+            scores = scores + (u * b_k).unflatten(-1, (num_heads, -1)).sum(-1).unsqueeze(1)
+        read = ((scores.mT @ wide).transpose(0, 1) @ w_v.mT).transpose(0, 1)
+        if b_v is not None:
+            read = read + scores.sum(1).unsqueeze(-1) * b_v.unflatten(0, (num_heads, -1))
+        return read.flatten(1).to(x.dtype)
