@@ -4,6 +4,7 @@ A plain patch embedding sees each patch alone; a stack of 3 x 3 convolutions of 
 faster and better on small sets of small images. It needs pixels of the neighbours, so it does not run in bands of rows.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ class ConvStem(PatchEmbed):
 
     def __init__(
         self,
-        img_size: int | tuple[int, int] = 224,
+        img_size: int | Sequence[int] = 224,
         patch_size: int = 16,
         in_chans: int = 3,
         embed_dim: int = 768,
@@ -34,7 +35,7 @@ class ConvStem(PatchEmbed):
         # only what was asked for: timm's patch embedding before 1.0.21 takes neither
         factory: dict[str, Any] = {k: v for k, v in (("device", device), ("dtype", dtype)) if v is not None}
         super().__init__(
-            img_size,
+            img_size if isinstance(img_size, int) else (img_size[0], img_size[1]),
             patch_size,
             in_chans,
             embed_dim,

@@ -226,6 +226,9 @@ default_cfgs = generate_default_cfgs(
         "seqnorm_vit_tiny_patch16_224.untrained": _cfg(),
         "seqnorm_vit_small_patch16_224.untrained": _cfg(),
         "seqnorm_vit_base_patch16_224.untrained": _cfg(),
+        "seqnorm_vit_tiny_patch8_224.untrained": _cfg(min_input_size=(3, 8, 8)),
+        "seqnorm_vit_small_patch8_224.untrained": _cfg(min_input_size=(3, 8, 8)),
+        "seqnorm_vit_base_patch8_224.untrained": _cfg(min_input_size=(3, 8, 8)),
         "seqnorm_vit_pico_patch8_128.untrained": _cfg(
             input_size=(1, 128, 128), min_input_size=(1, 8, 8), num_classes=10, crop_pct=1.0, mean=(0.5,), std=(0.5,)
         ),
@@ -280,6 +283,27 @@ def seqnorm_vit_base_patch16_224(pretrained: bool = False, **kwargs) -> nn.Modul
     """SeqNorm ViT-B/16: width 768, 12 layers, 12 heads."""
     arguments = {"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12}
     return _create("seqnorm_vit_base_patch16_224", pretrained, **{**arguments, **kwargs})
+
+
+@register_model
+def seqnorm_vit_tiny_patch8_224(pretrained: bool = False, **kwargs) -> nn.Module:
+    """SeqNorm ViT-Ti/8: width 192, 12 layers, 3 heads, four times the tokens of patches of 16."""
+    arguments = {"patch_size": 8, "embed_dim": 192, "depth": 12, "num_heads": 3}
+    return _create("seqnorm_vit_tiny_patch8_224", pretrained, **{**arguments, **kwargs})
+
+
+@register_model
+def seqnorm_vit_small_patch8_224(pretrained: bool = False, **kwargs) -> nn.Module:
+    """SeqNorm ViT-S/8: width 384, 12 layers, 6 heads, four times the tokens of patches of 16."""
+    arguments = {"patch_size": 8, "embed_dim": 384, "depth": 12, "num_heads": 6}
+    return _create("seqnorm_vit_small_patch8_224", pretrained, **{**arguments, **kwargs})
+
+
+@register_model
+def seqnorm_vit_base_patch8_224(pretrained: bool = False, **kwargs) -> nn.Module:
+    """SeqNorm ViT-B/8: width 768, 12 layers, 12 heads, four times the tokens of patches of 16."""
+    arguments = {"patch_size": 8, "embed_dim": 768, "depth": 12, "num_heads": 12}
+    return _create("seqnorm_vit_base_patch8_224", pretrained, **{**arguments, **kwargs})
 
 
 @register_model
