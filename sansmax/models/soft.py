@@ -132,7 +132,7 @@ class Soft(Pyramid):
 
     def __init__(
         self,
-        img_size: int | tuple[int, int] = 224,
+        img_size: int | Sequence[int] = 224,
         in_chans: int = 3,
         num_classes: int = 1000,
         global_pool: str = "token",
