@@ -5,7 +5,9 @@ Importing registers every model with timm:
     import sansmax, timm
     model = timm.create_model("seqnorm_vit_tiny_patch16_224", num_classes=5, img_size=512)
 
-`stream`, `predict` and `train` are loaded when they are first used, with what they need.
+Published weights load by `load_checkpoint`, another attention comes by `convert`, and networks are given on by
+`save_pretrained` and `push_to_hub`. `stream`, `predict` and `train` are loaded when they are first used, with what
+they need.
 """
 
 import importlib
@@ -21,15 +23,23 @@ if TYPE_CHECKING:
     from sansmax.engine.run import Run as Run
     from sansmax.engine.stream import stream as stream
     from sansmax.engine.train import train as train
+    from sansmax.models.convert import convert as convert
+    from sansmax.models.share import push_to_hub as push_to_hub
+    from sansmax.models.share import save_pretrained as save_pretrained
+    from sansmax.models.weights import load_checkpoint as load_checkpoint
 
 __version__ = "0.1.0"
 
 _LAZY = {
     "Prediction": "sansmax.engine.predict",
     "Run": "sansmax.engine.run",
+    "convert": "sansmax.models.convert",
     "evaluate": "sansmax.engine.evaluate",
+    "load_checkpoint": "sansmax.models.weights",
     "load_config": "sansmax.engine.config",
     "predict": "sansmax.engine.predict",
+    "push_to_hub": "sansmax.models.share",
+    "save_pretrained": "sansmax.models.share",
     "stream": "sansmax.engine.stream",
     "train": "sansmax.engine.train",
 }
