@@ -131,6 +131,20 @@ def test_autocast_in_16_bit_stays_within_a_hundredth():
     assert difference(found, reference("logits/sima_small_12_p16_224")["logits64"]) <= 1e-2
 
 
+def test_autocast_leaves_positions_class_token_and_head_as_they_are():
+    model = small("sima_tiny_12_p16", dtype=torch.float32)
+    tokens = torch.randn(2, 16, 22)
+    block = model.cls_attn_blocks[0]
+    results = []
+    with torch.no_grad():
+        for enabled in (True, False):
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                results.append([model.pos_embed(*GRID), model.forward_head(tokens), block(tokens, only_class=True)])
+    for (found, expected), allowed in zip(zip(*results, strict=True), (0.0, 0.0, 1e-3), strict=True):
+        assert found.dtype == torch.float32
+        assert difference(found, expected) <= allowed
+
+
 # Definitions of the layers
 
 
