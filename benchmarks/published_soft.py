@@ -33,8 +33,13 @@ def forward(model: Soft, x: Tensor) -> Tensor:
 
 def _block(block: SoftBlock, x: Tensor, grid: torch.Size) -> Tensor:
     x = block.norm1(x + _attention(block.attn, x, grid))
-    y = block.mlp.fc2(F.gelu(block.mlp.fc1(x), approximate="tanh"))
-    return block.norm2(x + y)
+    return block.norm2(x + _mlp(block.mlp, x, "tanh"))
+
+
+def _mlp(mlp, x: Tensor, approximate: str = "none") -> Tensor:
+    # not the layers themselves: ours hold the activation, and compute in their own way
+    x = F.gelu(F.linear(x, mlp.fc1.weight, mlp.fc1.bias), approximate=approximate)
+    return F.linear(x, mlp.fc2.weight, mlp.fc2.bias)
 
 
 def _kernel(a: Tensor, b: Tensor) -> Tensor:
@@ -94,4 +99,4 @@ def _last_block(block, x: Tensor) -> Tensor:
     q, k, v = block.attn.qkv(block.norm1(x)).reshape(b, n, 3, h, c // h).permute(2, 0, 3, 1, 4).unbind(0)
     attention = (q @ k.transpose(-2, -1) * (c // h) ** -0.5).softmax(dim=-1)
     x = x + block.attn.proj((attention @ v).transpose(1, 2).reshape(b, n, c))
-    return x + block.mlp.fc2(F.gelu(block.mlp.fc1(block.norm2(x))))
+    return x + _mlp(block.mlp, block.norm2(x))

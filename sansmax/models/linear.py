@@ -43,13 +43,13 @@ def choose_linear(x: Tensor, weight: Tensor) -> LinearChoice:
 
 
 class Linear(nn.Linear):
-    """`torch.nn.Linear`, the same numbers but for rounding, with GELU behind it if `gelu`.
+    """`torch.nn.Linear`, the same numbers but for rounding, with GELU behind it.
 
     Tools that go by the exact type of a layer, such as `torch.ao.quantization.quantize_dynamic`, must be told of it.
     """
 
     def __init__(
-        self, in_features: int, out_features: int, bias: bool = True, gelu: bool = False, **factory: Any
+        self, in_features: int, out_features: int, bias: bool = True, gelu: str | None = None, **factory: Any
     ) -> None:
         super().__init__(in_features, out_features, bias=bias, **factory)
         self.gelu = gelu
@@ -58,11 +58,11 @@ class Linear(nn.Linear):
         """The output for each token."""
         x = input
         if choose_linear(x, self.weight).name == "onednn":
-            after = ("gelu", [], "none") if self.gelu else ("none", [], "")
+            after = ("gelu", [], self.gelu) if self.gelu else ("none", [], "")
             return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, *after)
         y = F.linear(x, self.weight, self.bias)
-        return F.gelu(y) if self.gelu else y
+        return F.gelu(y, approximate=self.gelu) if self.gelu else y
 
     def extra_repr(self) -> str:
         """The sizes, and the activation."""
-        return super().extra_repr() + (", gelu=True" if self.gelu else "")
+        return super().extra_repr() + (f", gelu={self.gelu!r}" if self.gelu else "")

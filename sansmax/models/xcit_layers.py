@@ -177,10 +177,8 @@ class XCiTBlock(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS, **factory)
         hidden = int(dim * mlp_ratio)
         self.mlp = Mlp(dim, hidden, drop=proj_drop, **factory)
-        # nearly all products of the network are these four
+        # with those of the MLP nearly all products of the network
         self.attn.qkv, self.attn.proj = Linear(dim, 3 * dim, bias=qkv_bias, **factory), Linear(dim, dim, **factory)
-        self.mlp.fc1, self.mlp.act = Linear(dim, hidden, gelu=True, **factory), nn.Identity()
-        self.mlp.fc2 = Linear(hidden, dim, **factory)
         self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
         self.gamma1, self.gamma2, self.gamma3 = (nn.Parameter(torch.full((dim,), eta, **factory)) for _ in range(3))
 
