@@ -37,6 +37,13 @@ def fences(path):
 # Examples
 
 
+# what makes an example that trains short
+SHORT = {
+    "detection": ["--steps", "2", "--mosaics", "8", "4", "--size", "96"],
+    "segmentation": ["--steps", "2", "--mosaics", "8", "4", "--size", "96"],
+}
+
+
 @pytest.fixture(scope="module")
 def started(tmp_path_factory):
     """Every example, all at once: most of their time is importing."""
@@ -45,7 +52,9 @@ def started(tmp_path_factory):
     runs = {}
     for path in EXAMPLES:
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        runs[path] = subprocess.Popen([sys.executable, path], cwd=folder, env=environment, **pipes)
+        runs[path] = subprocess.Popen(
+            [sys.executable, path, *SHORT.get(path.stem, [])], cwd=folder, env=environment, **pipes
+        )
     yield runs
     for run in runs.values():
         run.kill()

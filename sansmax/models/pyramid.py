@@ -16,7 +16,8 @@ from jaxtyping import Float
 from timm.layers.pool1d import global_pool_nlc
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+
+from sansmax.models.rerun import rerun
 
 POOLS = ("token", "avg", "avgmax", "max", "")
 
@@ -34,7 +35,7 @@ class Stage(nn.Module):
         """The blocks one after the other; their activations made again in backward with `grad_checkpointing`."""
         for block in blocks:
             if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, *arguments, use_reentrant=False)  # pyright: ignore[reportAssignmentType]
+                x = rerun(block, x, *arguments)
             else:
                 x = block(x, *arguments)
         return x

@@ -19,7 +19,8 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from sansmax.models.class_attention import NORM_EPS, ClassAttentionBlock
-from sansmax.models.xcit_layers import FourierPositions, PatchStem, XCiTBlock, rerun
+from sansmax.models.rerun import rerun
+from sansmax.models.xcit_layers import FourierPositions, PatchStem, XCiTBlock
 
 __all__ = ["SimAXCiT"]
 

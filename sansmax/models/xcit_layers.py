@@ -9,8 +9,7 @@ Shapes: b images, n = gh gw tokens, c channels, (gh, gw) the token grid, p pixel
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +17,6 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from timm.layers.drop import DropPath
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from sansmax.models.attention import SimAAttention
 from sansmax.models.class_attention import NORM_EPS
@@ -187,30 +185,3 @@ class XCiTBlock(nn.Module):
         x = torch.addcmul(x, self.gamma1, self.drop_path(self.attn(self.norm1(x))))
         x = torch.addcmul(x, self.gamma3, self.drop_path(self.local_mp(self.norm3(x), gh, gw)))
         return torch.addcmul(x, self.gamma2, self.drop_path(self.mlp(self.norm2(x))))
-
-
-def rerun(block: nn.Module, x: Tensor, *arguments: Any) -> Tensor:
-    """`block(x, *arguments)`, its activations made again in backward instead of kept.
-
-    The batch is counted into running statistics once.
-    """
-    again: dict[str, Any] = {}
-    # compilers make activations again in their own way and take no context
-    if not torch.compiler.is_compiling():
-        again["context_fn"] = lambda: (nullcontext(), _counted_already(block))
-    out: Any = checkpoint(block, x, *arguments, use_reentrant=False, **again)
-    return out
-
-
-@contextmanager
-def _counted_already(block: nn.Module) -> Iterator[None]:
-    # the norms count it into copies of their statistics
-    norms = [m for m in block.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    kept = [dict(norm._buffers) for norm in norms]
-    try:
-        for norm in norms:
-            norm._buffers.update({name: None if b is None else b.clone() for name, b in norm._buffers.items()})
-        yield
-    finally:
-        for norm, buffers in zip(norms, kept, strict=True):
-            norm._buffers.update(buffers)
