@@ -48,6 +48,7 @@ bench: $(READY)
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --requirements pyproject.toml --extra bench
 	$(BIN)/python -m benchmarks.attention
 	$(BIN)/python -m benchmarks.scaling
+	$(BIN)/python -m benchmarks.published
 	$(BIN)/python -m benchmarks.pneumonia
 
 docs: $(READY)

@@ -1,30 +1,18 @@
-"""The formulas of SimA on XCiT written out in plain eager PyTorch, and how much faster `sansmax.models.xcit` is.
+"""The formulas of SimA on XCiT written out in plain eager PyTorch, on the weights of this package's networks.
 
-    python -m benchmarks.published_sima
-
-The same parameters, the operations in the order and the layout of the published code
-(https://github.com/UCDvision/sima): queries and keys normalised before the products, all queries of the class
-attention, maps turned to channels first and back around the local convolutions, batch norm by itself.
-
-Both run in turn, in an order drawn anew in each round; what is printed is the ratio of the medians of their times.
+What the speed of `sansmax.models.xcit` is compared with: the same parameters, the operations in the order and the
+layout of the published code (https://github.com/UCDvision/sima): queries and keys normalised before the products, all
+queries of the class attention, maps turned to channels first and back around the local convolutions, batch norm by
+itself.
 """
 
-import argparse
 import math
-import random
-import statistics
-import time
-from collections.abc import Callable
 from typing import Any
 
-import timm
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-import sansmax  # noqa: F401  (registers the networks)
-from benchmarks.machine import command_line
-from sansmax.engine.run import environment
 from sansmax.models.class_attention import ClassAttentionBlock
 from sansmax.models.xcit import SimAXCiT
 from sansmax.models.xcit_layers import FourierPositions, LocalPatchInteraction, XCiTBlock
@@ -103,54 +91,3 @@ def _class_block(block: ClassAttentionBlock, x: Tensor) -> Tensor:
     x = x + block.gamma1 * torch.cat((cls, y[:, 1:]), dim=1)
     x = block.norm2(x) if block.tokens_norm else torch.cat((block.norm2(x[:, :1]), x[:, 1:]), dim=1)
     return x + torch.cat((block.gamma2 * _mlp(block.mlp, x[:, :1]), x[:, 1:]), dim=1)
-
-
-def race(contestants: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each contestant in each round."""
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    for step in contestants.values():
-        step()
-    for _ in range(rounds):
-        for name in random.sample(list(contestants), len(contestants)):
-            start = time.perf_counter()
-            contestants[name]()
-            seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
-def parse() -> argparse.Namespace:
-    """The arguments of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="sima_small_12_p16", help="one of the sima_* networks on XCiT")
-    parser.add_argument("--size", type=int, default=224, help="side of the pictures in pixels")
-    parser.add_argument("--batch", type=int, default=8, help="pictures per pass")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--threads", type=int, default=None, help="threads of PyTorch [all cores]")
-    return parser.parse_args()
-
-
-@torch.no_grad()
-def main() -> None:
-    """Checks that both give the same, measures and prints."""
-    arguments = parse()
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    network: nn.Module = timm.create_model(arguments.model).eval()
-    assert isinstance(network, SimAXCiT)
-    model = network
-    x = torch.randn(arguments.batch, model.in_chans, arguments.size, arguments.size)
-    plain = forward(model, x)
-    difference = ((model(x) - plain).abs().max() / plain.abs().max()).item()
-    seconds = race({"published": lambda: forward(model, x), "sansmax": lambda: model(x)}, arguments.rounds)
-    print(f"{arguments.model}, {arguments.batch} x {arguments.size} px, float32, {torch.get_num_threads()} threads")
-    print(f"largest difference of the logits, over the largest: {difference:.1e}")
-    for name, times in seconds.items():
-        print(f"{name:10} median {1e3 * statistics.median(times):8.1f} ms, fastest {1e3 * min(times):8.1f} ms")
-    medians = {name: statistics.median(times) for name, times in seconds.items()}
-    print(f"throughput of sansmax over published: {medians['published'] / medians['sansmax']:.2f}")
-    print(f"\n{command_line('benchmarks.published_sima')}")
-    print("\n".join(f"{name}: {value}" for name, value in environment().items()))
-
-
-if __name__ == "__main__":
-    main()

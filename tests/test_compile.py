@@ -3,11 +3,8 @@
 In interpreters of their own, since checked shapes break the graph.
 """
 
-import json
-import subprocess
-import sys
-
 import pytest
+from apart import assert_nothing_wrong
 
 SETUP = """
 import json, sys, traceback
@@ -98,7 +95,4 @@ print(json.dumps(wrong))
 
 @pytest.mark.parametrize("script", [COMPILE, EXPORT], ids=["compile", "export"])
 def test_graphs_are_whole_and_hold_for_any_size(script):
-    run = subprocess.run([sys.executable, "-c", SETUP + script], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    wrong = json.loads(run.stdout.splitlines()[-1])
-    assert not wrong, "\n".join(f"{name}: {why}" for name, why in wrong.items())
+    assert_nothing_wrong(SETUP + script)

@@ -2,12 +2,11 @@
 
 import copy
 import json
-import subprocess
-import sys
 
 import pytest
 import timm
 import torch
+from apart import assert_nothing_wrong
 from networks import perturbed, small
 from safetensors.torch import save_file
 from timm.models import vision_transformer as timm_vit
@@ -728,7 +727,4 @@ print(json.dumps(wrong))
 
 
 def test_converted_networks_compile_whole_and_export():
-    run = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    wrong = json.loads(run.stdout.splitlines()[-1])
-    assert not wrong, "\n".join(f"{name}: {why}" for name, why in wrong.items())
+    assert_nothing_wrong(COMPILED)

@@ -1,14 +1,11 @@
 """CvT against the published code, SimA on CvT against its definition, and what holds for both."""
 
-import json
-import subprocess
-import sys
-
 import pytest
 import timm
 import timm.optim
 import torch
 import torch.nn.functional as F
+from apart import assert_nothing_wrong
 from networks import gradients, perturbed
 from published import picture, reference, weights
 from timm.models import group_parameters
@@ -387,7 +384,4 @@ print(json.dumps(wrong))
 
 def test_networks_compile_whole_and_export_for_any_batch():
     text = COMPILED.replace("**SMALL", f"**{SMALL | {'depths': (1, 1, 1)}!r}")
-    run = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    wrong = json.loads(run.stdout.splitlines()[-1])
-    assert not wrong, "\n".join(f"{name}: {why}" for name, why in wrong.items())
+    assert_nothing_wrong(text)

@@ -5,11 +5,13 @@ from functools import partial
 import pytest
 import timm
 import torch
+from apart import assert_nothing_wrong
 from published import difference, manifest, picture, reference, weights
 from torch import nn
 
 import sansmax
 import sansmax.ops.soft
+from benchmarks import published_soft
 from sansmax.models.blocks import Block
 from sansmax.models.soft import SoftBlock, checkpoint_filter_fn
 
@@ -197,3 +199,52 @@ def test_images_that_are_too_small_are_refused_with_the_least_size():
 def test_a_pyramid_cannot_stream_and_says_why():
     with pytest.raises(ValueError, match="convolutions"):
         sansmax.stream(timm.create_model("soft_tiny"), torch.zeros(64, 64, 3, dtype=torch.uint8).numpy())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["soft_tiny", "soft_norm_tiny"])
+def test_networks_equal_their_formulas_written_out(name, assert_same):
+    # what the benchmark compares the speed with; also where all is folded and cut into pieces: in float32
+    model = published(name)
+    x = picture(64, 96)
+    assert_same(published_soft.forward(model, x), model(x))
+    narrow = published(name, torch.float32)
+    many = torch.randn(70, 3, 64, 64)
+    assert difference(narrow(many), model(many.double())) <= 1e-4
+
+
+COMPILED = """
+import json, traceback
+import torch, timm, sansmax
+
+torch.manual_seed(0)
+wrong = {}
+SMALL = {"embed_dims": (8, 12, 18, 20), "num_heads": (1, 2, 3, 4), "depths": (1, 1, 1, 1), "img_size": 64}
+
+def compare(name, found, expected):
+    for a, b in zip(found, expected, strict=True):
+        if not (a - b).abs().max() <= 1e-5 * max(1.0, b.abs().max()):
+            wrong[name] = f"differs by {(a - b).abs().max()}"
+
+for name in ("soft_tiny", "soft_norm_tiny"):
+    model = timm.create_model(name, **SMALL).eval()
+    x = torch.randn(2, 3, 64, 96)
+    try:
+        torch._dynamo.reset()
+        results = []
+        for f in (torch.compile(model, backend="eager", fullgraph=True), model):
+            out = f(x)
+            results.append([out, *torch.autograd.grad(out.square().sum(), list(model.parameters()))])
+        compare(f"compiled {name}", *results)
+        program = torch.export.export(model, (x,), dynamic_shapes={"x": {0: torch.export.Dim("b")}}).module()
+        for b in (2, 5):
+            some = torch.randn(b, 3, 64, 96)
+            compare(f"exported {name}", [program(some)], [model(some)])
+    except Exception:
+        wrong[name] = traceback.format_exc()
+print(json.dumps(wrong))
+"""
+
+
+def test_networks_compile_whole_and_export_for_any_batch():
+    assert_nothing_wrong(COMPILED)

@@ -1,13 +1,10 @@
 """Vision transformers: all that timm's own ones have, names that last, weights that exchange."""
 
-import json
-import subprocess
-import sys
-
 import pytest
 import timm
 import timm.optim
 import torch
+from apart import assert_nothing_wrong
 from networks import GRID, gradients, images, perturbed, small
 from timm.models import group_parameters
 from torch import nn
@@ -360,7 +357,4 @@ print(json.dumps(wrong))
 
 
 def test_operations_and_networks_compile_whole_and_export_for_any_batch():
-    run = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    wrong = json.loads(run.stdout.splitlines()[-1])
-    assert not wrong, "\n".join(f"{name}: {why}" for name, why in wrong.items())
+    assert_nothing_wrong(COMPILED)

@@ -1,15 +1,13 @@
 """SimA on XCiT against the authors' code, against its definition, and under timm's contract."""
 
-import json
 import math
-import subprocess
-import sys
 
 import pytest
 import timm
 import timm.optim
 import torch
 import torch.nn.functional as F
+from apart import assert_nothing_wrong
 from networks import GRID, gradients, images, perturbed, small
 from published import difference, manifest, manifest_names, picture, reference, weights
 from timm.models import group_parameters
@@ -517,7 +515,4 @@ print(json.dumps(wrong))
 
 
 def test_the_network_compiles_whole_and_exports_for_any_batch():
-    run = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    wrong = json.loads(run.stdout.splitlines()[-1])
-    assert not wrong, "\n".join(f"{name}: {why}" for name, why in wrong.items())
+    assert_nothing_wrong(COMPILED)

@@ -1,11 +1,8 @@
 """Point-wise attention: whole, in blocks and through features equals the definition, in output and gradients."""
 
-import json
-import subprocess
-import sys
-
 import pytest
 import torch
+from apart import answer_of
 from torch.autograd import gradcheck
 
 from sansmax.ops import pointwise, powers
@@ -357,9 +354,7 @@ print(json.dumps([memory, wrong]))
 @pytest.fixture(scope="module")
 def child():
     """Peaks of memory, and what went wrong in compiling, of one new process: shapes are not checked there."""
-    run = subprocess.run([sys.executable, "-c", CHILD], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout.splitlines()[-1])
+    return answer_of(CHILD)
 
 
 def test_memory_is_linear_in_the_number_of_tokens(child):

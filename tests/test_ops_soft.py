@@ -1,13 +1,11 @@
 """SOFT attention: every order and way of computing equals the definition, in output and gradients."""
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from apart import assert_nothing_wrong
 from torch.autograd import gradcheck, gradgradcheck
 from torch.library import opcheck
 
@@ -506,10 +504,7 @@ print(json.dumps(wrong))
 
 
 def test_attention_compiles_whole_and_exports_for_any_batch_and_number_of_tokens():
-    run = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    wrong = json.loads(run.stdout.splitlines()[-1])
-    assert not wrong, "\n".join(f"{name}: {why}" for name, why in wrong.items())
+    assert_nothing_wrong(COMPILED)
 
 
 @pytest.mark.parametrize(
