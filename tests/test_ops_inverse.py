@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from apart import assert_nothing_wrong
 from torch.autograd import gradcheck, gradgradcheck
 
 from sansmax.ops.inverse import cholesky_inverse, newton_inverse, newton_inverse_halved
@@ -178,3 +179,33 @@ def test_a_ridge_that_would_make_newton_diverge_is_an_error():
         newton_inverse(draw(), ridge=0.3)
     # the largest that is allowed, in the worst case
     assert newton_inverse(eye(M).expand(B, HEADS, M, M), 20, 0.05).isfinite().all()
+
+
+EXPORTED = """
+import json
+import torch
+from sansmax.ops.inverse import newton_inverse
+
+class Inverse(torch.nn.Module):
+    def forward(self, a):
+        return newton_inverse(a)
+
+torch.manual_seed(0)
+points = 0.5 * torch.randn(2, 3, 9, 4, dtype=torch.float64)
+a = torch.exp(-torch.cdist(points, points) ** 2 / 2)
+program = torch.export.export(Inverse(), (a,)).module()
+results = []
+for f in (program, newton_inverse):
+    x = a.clone().requires_grad_()
+    z = f(x)
+    results.append((z, torch.autograd.grad(z, x, points @ points.mT)[0]))
+wrong = {}
+for name, found, expected in zip(("value", "gradient"), *results, strict=True):
+    if not (found - expected).abs().max() <= 1e-10 * expected.abs().max():
+        wrong[name] = f"differs by {(found - expected).abs().max()}"
+print(json.dumps(wrong))
+"""
+
+
+def test_exported_it_keeps_value_and_published_gradient():
+    assert_nothing_wrong(EXPORTED)

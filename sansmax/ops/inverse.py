@@ -35,6 +35,10 @@ def newton_inverse(a: Float[Tensor, "*b m m"], steps: int = 20, ridge: float = 0
         )
     with torch.autocast(a.device.type, enabled=False):
         a = at_least_float32(a)
+        if torch.compiler.is_exporting():
+            # the same value and gradient without a function of its own, which PyTorch 2.8 loses in a graph
+            z = _NewtonInverse.forward(a.detach(), steps, ridge)
+            return z - z @ (a - a.detach()) @ z
         return _NewtonInverse.apply(a, steps, ridge)
 
 
