@@ -30,6 +30,7 @@ from sansmax.data.dense_mosaics import DenseMosaics, write_coco
 from sansmax.models.dense import mask_rcnn, retinanet
 from sansmax.report.dense import average_precision, detection_picture
 
+STEPS = {"retinanet": 800, "mask_rcnn": 300}
 NARROW = {"embed_dims": (32, 64, 128, 192), "depths": (1, 1, 2, 1), "num_heads": (1, 2, 4, 6)}
 
 
@@ -48,7 +49,7 @@ def arguments() -> argparse.Namespace:
     add("--size", type=int, default=160, help="width and height of a mosaic in pixels")
     add("--min-size", type=int, help="resize images to this shorter side; default: that of the mosaics, 800 for --coco")
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=int, help="default: 800")
+    length.add_argument("--steps", type=int, help="default: 800, for mask_rcnn 300")
     length.add_argument("--epochs", type=float)
     add("--batch-size", type=int, default=8)
     add("--lr", type=float, default=2e-3)
@@ -133,7 +134,7 @@ def mirrored(image: torch.Tensor, target: dict) -> tuple[torch.Tensor, dict]:
 def train(model: torch.nn.Module, data: CocoImages, args: argparse.Namespace) -> int:
     """AdamW with a short warm-up and a cosine; prints the losses ten times."""
     per_epoch = math.ceil(len(data) / args.batch_size)
-    steps = args.steps or (math.ceil(args.epochs * per_epoch) if args.epochs else 800)
+    steps = args.steps or (math.ceil(args.epochs * per_epoch) if args.epochs else STEPS[args.detector])
     hflip = args.hflip if args.hflip is not None else 0.5 * bool(args.coco)
     wide = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
     flat = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]

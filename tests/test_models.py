@@ -282,6 +282,13 @@ def test_device_and_dtype_reach_every_parameter(name, dtype):
     assert {b.dtype for b in model.buffers() if b.is_floating_point()} <= {dtype}
 
 
+@pytest.mark.parametrize("name", ["soft_tiny", "sima_nano_12_p16", "sima_cvt_13", "sima_deit_tiny_patch16_224"])
+def test_networks_are_built_on_the_device_that_is_set(name):
+    with torch.device("meta"):
+        model = timm.create_model(name, drop_path_rate=0.1)
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+
+
 @every_network
 def test_images_of_other_sizes_are_taken(name):
     model = small(name)

@@ -154,7 +154,7 @@ class Soft(Pyramid):
         factory: dict[str, Any] = {k: v for k, v in (("device", device), ("dtype", dtype)) if v is not None}
         size = (img_size, img_size) if isinstance(img_size, int) else (img_size[0], img_size[1])
         _check_size(*size)
-        rates = iter(torch.linspace(0, drop_path_rate, sum(depths)).tolist())
+        rates = iter(torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist())
         attn = {
             "inverse": inverse or ("halved" if normalized else "newton"),
             "normalized": normalized,

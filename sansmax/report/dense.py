@@ -26,6 +26,8 @@ PANEL = 2.35
 # COCO's rules: the 100 best of a class and image count, precision is read at 101 recalls
 MOST = 100
 RECALLS = np.linspace(0, 1, 101)
+# boxes that overlap by more are drawn as one
+SAME = 0.7
 
 
 # Figures
@@ -118,7 +120,8 @@ def detection_picture(
 ) -> Path:
     """Pictures in a row, their true objects above and those found with a score of `least` or more below.
 
-    Boxes that match no true one of their class by half (intersection over union) are dashed.
+    Boxes that match no true one of their class by half (intersection over union) are dashed. Of boxes in the same
+    place, as detectors give them for two classes, the best alone is drawn; figures count them all.
     """
     with look():
         figure, axes = _sheet(pictures, 2, ["Truth", "Found"], title, note)
@@ -208,7 +211,11 @@ def _write_label(
 
 def _best(objects: Objects, least: float) -> dict[str, np.ndarray]:
     order = np.argsort(-np.asarray(objects["scores"], np.float64), kind="stable")
-    kept = [i for i in order if float(objects["scores"][i]) >= least]
+    boxes, kept = np.asarray(objects["boxes"]), []
+    for i in order:
+        others = box_iou(boxes[i], boxes[kept])
+        if float(objects["scores"][i]) >= least and not (others > SAME).any():
+            kept.append(i)
     names = [name for name in ("boxes", "labels", "scores", "masks") if name in objects]
     return {name: np.asarray(objects[name])[kept] for name in names}
 
