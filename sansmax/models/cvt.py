@@ -26,9 +26,11 @@ from jaxtyping import Float
 from timm.layers.create_act import get_act_layer
 from timm.layers.drop import DropPath
 from timm.layers.weight_init import trunc_normal_
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from sansmax.models.contract import start_linear
+from sansmax.models.entries import CVT, SIMA, build, configuration
 from sansmax.models.mlp import Mlp
 from sansmax.models.pyramid import Pyramid, Stage
 from sansmax.ops import L1State, sima_attend
@@ -233,9 +235,7 @@ class Cvt(Pyramid):
         """The published start: linear layers and the class token N(0, 0.02), biases 0, the rest as PyTorch does."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+                start_linear(module)
             elif isinstance(module, ConvStage):
                 if module.cls_token is not None:
                     trunc_normal_(module.cls_token, std=0.02)
@@ -308,56 +308,20 @@ def _renamed(name: str) -> str:
     return name
 
 
-def _cfg(**changes: object) -> dict[str, object]:
-    return {
-        "url": "",
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "min_input_size": (3, 16, 16),
-        "pool_size": None,
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "fixed_input_size": False,
-        "mean": (0.485, 0.456, 0.406),
-        "std": (0.229, 0.224, 0.225),
-        "first_conv": "stages.0.patch_embed.proj",
-        "classifier": "head",
-        "license": "mit",
-        "paper_name": "CvT: Introducing Convolutions to Vision Transformers",
-        "paper_ids": "arXiv:2103.15808",
-        "origin_url": "https://github.com/microsoft/CvT",
-        **changes,
-    }
-
-
-_SIMA = {
-    "license": "apache-2.0",
-    "paper_name": "SimA: Simple Softmax-free Attention for Vision Transformers",
-    "paper_ids": "arXiv:2206.08898",
-    "origin_url": "https://github.com/UCDvision/sima",
-}
+_CVT = configuration("stages.0.patch_embed.proj", CVT, crop_pct=0.875)
 
 default_cfgs = generate_default_cfgs(
     {
-        "cvt_13.untrained": _cfg(),
-        "cvt_21.untrained": _cfg(),
-        "sima_cvt_13.untrained": _cfg(**_SIMA),
-        "sima_cvt_21.untrained": _cfg(**_SIMA),
+        "cvt_13.untrained": _CVT,
+        "cvt_21.untrained": _CVT,
+        "sima_cvt_13.untrained": {**_CVT, **SIMA},
+        "sima_cvt_21.untrained": {**_CVT, **SIMA},
     }
 )
 
 
 def _create(variant: str, pretrained: bool, **arguments) -> nn.Module:
-    # a `Cvt`, or timm's wrapper of one where `features_only=True` asks for maps
-    out_indices = arguments.pop("out_indices", (0, 1, 2))
-    return build_model_with_cfg(
-        Cvt,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
-        **arguments,
-    )
+    return build(Cvt, variant, pretrained, (0, 1, 2), checkpoint_filter_fn, **arguments)
 
 
 @register_model

@@ -11,9 +11,10 @@ networks have.
 import re
 from collections.abc import Mapping
 
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from sansmax.models.entries import SIMA, build, configuration
 from sansmax.models.vit import VisionTransformer
 
 __all__ = ["checkpoint_filter_fn"]
@@ -29,50 +30,17 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module | No
     return {re.sub(r"^(blocks\.\d+)\.gamma_?([12])$", r"\1.ls\2.gamma", name): x for name, x in state_dict.items()}
 
 
-def _cfg() -> dict[str, object]:
-    return {
-        "url": "",
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "min_input_size": (3, 16, 16),
-        "pool_size": None,
-        "crop_pct": 0.9,
-        "interpolation": "bicubic",
-        "fixed_input_size": False,
-        "mean": (0.485, 0.456, 0.406),
-        "std": (0.229, 0.224, 0.225),
-        "first_conv": "patch_embed.proj",
-        "classifier": "head",
-        "license": "apache-2.0",
-        "paper_name": "SimA: Simple Softmax-free Attention for Vision Transformers",
-        "paper_ids": "arXiv:2206.08898",
-        "origin_url": "https://github.com/UCDvision/sima",
-    }
-
-
+_SIZES = ("tiny", "small", "base")
 default_cfgs = generate_default_cfgs(
-    {
-        "sima_deit_tiny_patch16_224.untrained": _cfg(),
-        "sima_deit_small_patch16_224.untrained": _cfg(),
-        "sima_deit_base_patch16_224.untrained": _cfg(),
-    }
+    {f"sima_deit_{size}_patch16_224.untrained": configuration("patch_embed.proj", SIMA) for size in _SIZES}
 )
 
 
 def _create(variant: str, pretrained: bool, **arguments) -> nn.Module:
-    # a `VisionTransformer`, or timm's wrapper of one where `features_only=True` asks for maps
     deit = {"attention": "sima", "patch_size": 16, "depth": 12, "class_token": True, "global_pool": "token"}
     # the norm before the pooling for every pooling, so that names stay as they are
     arguments = {**deit, "qkv_bias": True, "fc_norm": False, **arguments}
-    out_indices = arguments.pop("out_indices", 3)
-    return build_model_with_cfg(
-        VisionTransformer,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
-        **arguments,
-    )
+    return build(VisionTransformer, variant, pretrained, 3, checkpoint_filter_fn, **arguments)
 
 
 @register_model

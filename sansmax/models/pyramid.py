@@ -13,13 +13,10 @@ from typing import Any, cast
 
 import torch
 from jaxtyping import Float
-from timm.layers.pool1d import global_pool_nlc
-from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from sansmax.models.contract import TokenNetwork, check_output_fmt, take_indices
 from sansmax.models.rerun import rerun
-
-POOLS = ("token", "avg", "avgmax", "max", "")
 
 
 class Stage(nn.Module):
@@ -41,7 +38,7 @@ class Stage(nn.Module):
         return x
 
 
-class Pyramid(nn.Module):
+class Pyramid(TokenNetwork):
     """Stages, a last norm and a classifier.
 
     `dims` and `reductions` are the channels of each stage's map and how many pixels one of its cells is wide;
@@ -65,25 +62,14 @@ class Pyramid(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        self.num_classes, self.in_chans, self.num_prefix_tokens = num_classes, in_chans, num_prefix_tokens
-        self.num_features = self.head_hidden_size = self.embed_dim = dims[-1]
-        self.global_pool = self._checked_pool(global_pool)
-        self.grad_checkpointing = False
+        super().__init__(dims[-1], num_prefix_tokens, num_classes, in_chans, global_pool)
         self.feature_info = [
             {"num_chs": dim, "reduction": reduction, "module": f"stages.{i}"}
             for i, (dim, reduction) in enumerate(zip(dims, reductions, strict=True))
         ]
         self.stages = nn.ModuleList(stages)
         self.norm = norm
-        self.head_drop = nn.Dropout(drop_rate)
-        self.head = nn.Linear(dims[-1], num_classes, device=device, dtype=dtype) if num_classes > 0 else nn.Identity()
-
-    def _checked_pool(self, global_pool: str) -> str:
-        allowed = POOLS if self.num_prefix_tokens else POOLS[1:]
-        if global_pool not in allowed:
-            raise ValueError(f"global_pool must be one of {', '.join(map(repr, allowed))}, got {global_pool!r}")
-        return global_pool
+        self.add_head(drop_rate, {"device": device, "dtype": dtype})
 
     # The forward pass
 
@@ -93,11 +79,6 @@ class Pyramid(nn.Module):
         for stage in self.stages:
             x, cls = stage(x)
         return self.norm(_tokens(x, cls))
-
-    def forward_head(self, x: Float[Tensor, "b t c"], pre_logits: bool = False) -> Tensor:
-        """Logits of the tokens that `forward_features` gives, or the pooled features with `pre_logits`."""
-        x = self.head_drop(global_pool_nlc(x, self.global_pool, self.num_prefix_tokens))
-        return x if pre_logits else self.head(x)
 
     def forward(self, x: Float[Tensor, "b in_chans h w"]) -> Tensor:
         """Logits of images."""
@@ -121,9 +102,8 @@ class Pyramid(nn.Module):
 
         Raises ValueError for another format.
         """
-        if output_fmt not in ("NCHW", "NLC"):
-            raise ValueError(f'output_fmt must be "NCHW" or "NLC", got {output_fmt!r}')
-        wanted, last = feature_take_indices(len(self.stages), _listed(indices))
+        check_output_fmt(output_fmt)
+        wanted, last = take_indices(len(self.stages), indices)
         found, cls = [], None
         for i, stage in enumerate(self.stages[: last + 1] if stop_early else self.stages):
             x, cls = stage(x)
@@ -149,7 +129,7 @@ class Pyramid(nn.Module):
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Leaves out the stages that `forward_intermediates` with these indices does not need."""
-        wanted, last = feature_take_indices(len(self.stages), _listed(indices))
+        wanted, last = take_indices(len(self.stages), indices)
         shorter = last < len(self.stages) - 1
         if shorter:
             self.stages = self.stages[: last + 1]
@@ -160,19 +140,6 @@ class Pyramid(nn.Module):
         if prune_head or shorter:
             self.reset_classifier(0, "")
         return wanted
-
-    def get_classifier(self) -> nn.Module:
-        """The last linear layer."""
-        return self.head
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new classifier (none for 0 classes), and another pooling."""
-        if global_pool is not None:
-            self.global_pool = self._checked_pool(global_pool)
-        self.num_classes = num_classes
-        where = next(self.parameters())
-        factory: dict[str, Any] = {"device": where.device, "dtype": where.dtype}
-        self.head = nn.Linear(self.num_features, num_classes, **factory) if num_classes > 0 else nn.Identity()
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """In training, keep the inputs of blocks only and compute their insides again."""
@@ -197,10 +164,6 @@ class Pyramid(nn.Module):
                 (r"^norm", (99999,)),
             ],
         }
-
-
-def _listed(indices: int | Sequence[int] | None) -> int | list[int] | None:
-    return indices if indices is None or isinstance(indices, int) else list(indices)
 
 
 def _tokens(x: Float[Tensor, "b c h w"], cls: Float[Tensor, "b p c"] | None) -> Float[Tensor, "b t c"]:

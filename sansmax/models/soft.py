@@ -20,11 +20,13 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from timm.layers.weight_init import trunc_normal_
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from sansmax.models.attention_soft import SoftAttention
 from sansmax.models.blocks import Block
+from sansmax.models.contract import start_linear
+from sansmax.models.entries import SOFT, SOFT_NORM, build, configuration
 from sansmax.models.mlp import Mlp
 from sansmax.models.pyramid import Pyramid, Stage
 
@@ -196,9 +198,7 @@ class Soft(Pyramid):
         """The published start: linear layers N(0, 0.02), but for those of SOFT++'s blocks, which PyTorch starts."""
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear) and not (self.normalized and re.match(r"stages\.[0-2]\.blocks", name)):
-                trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+                start_linear(module)
             elif isinstance(module, SoftStage):
                 trunc_normal_(module.pos_embed, std=0.02)
                 if module.cls_token is not None:
@@ -287,37 +287,21 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module | No
     return found
 
 
-def _cfg(name: str, **changes: object) -> dict[str, object]:
-    journal = name.startswith("soft_norm")
-    return {
-        "url": "",
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "min_input_size": (3, 32, 32),
-        "pool_size": None,
-        "crop_pct": 0.9,
-        "interpolation": "bicubic",
-        "fixed_input_size": False,
-        "mean": (0.485, 0.456, 0.406),
-        "std": (0.229, 0.224, 0.225),
-        "first_conv": "stages.0.patch_embed.0",
-        "classifier": "head",
-        "license": "mit",
-        "origin_url": "https://github.com/fudan-zvg/SOFT",
-        "paper_name": (
-            "Softmax-free Linear Transformers" if journal else "SOFT: Softmax-free Transformer with Linear Complexity"
-        ),
-        "paper_ids": "arXiv:2207.03341" if journal else "arXiv:2110.11945",
-        **changes,
-    }
-
-
 _NAMES = [
     f"{family}_{size}"
     for family in ("soft", "soft_norm")
     for size in ("tiny", "small", "small_24m", "medium", "large", "huge")
 ]
-default_cfgs = generate_default_cfgs({f"{name}.untrained": _cfg(name) for name in _NAMES})
+default_cfgs = generate_default_cfgs(
+    {
+        f"{name}.untrained": configuration(
+            "stages.0.patch_embed.0",
+            SOFT_NORM if name.startswith("soft_norm") else SOFT,
+            min_input_size=(3, 32, 32),
+        )
+        for name in _NAMES
+    }
+)
 
 SIZES: dict[str, dict[str, Any]] = {
     "tiny": {"depths": (1, 2, 3, 2)},
@@ -330,18 +314,9 @@ SIZES: dict[str, dict[str, Any]] = {
 
 
 def _create(variant: str, pretrained: bool, **arguments: Any) -> nn.Module:
-    # a `Soft`, or timm's wrapper of one where `features_only=True` asks for maps
     size = variant.removeprefix("soft_").removeprefix("norm_")
     arguments = {"normalized": variant.startswith("soft_norm"), **SIZES[size], **arguments}
-    out_indices = arguments.pop("out_indices", (0, 1, 2, 3))
-    return build_model_with_cfg(
-        Soft,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
-        **arguments,
-    )
+    return build(Soft, variant, pretrained, (0, 1, 2, 3), checkpoint_filter_fn, **arguments)
 
 
 @register_model

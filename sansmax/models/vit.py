@@ -19,12 +19,13 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from timm.layers.patch_dropout import PatchDropout
 from timm.layers.patch_embed import PatchEmbed
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from timm.models import vision_transformer as timm_vit
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sansmax.models.blocks import Block
+from sansmax.models.entries import SEQNORM, build, configuration
 from sansmax.models.stem import ConvStem
 from sansmax.ops.moments import Mean, Weight
 
@@ -198,27 +199,8 @@ def interpolation_matrix(old: int, new: int) -> Float[Tensor, "new old"]:
     return F.interpolate(torch.eye(old)[None, None], size=(new, old), mode="bicubic", antialias=True)[0, 0]
 
 
-def _cfg(**changes: object) -> dict[str, object]:
-    return {
-        "url": "",
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "min_input_size": (3, 16, 16),
-        "pool_size": None,
-        "crop_pct": 0.9,
-        "interpolation": "bicubic",
-        "fixed_input_size": False,
-        "mean": (0.5, 0.5, 0.5),
-        "std": (0.5, 0.5, 0.5),
-        "first_conv": "patch_embed.proj",
-        "classifier": "head",
-        "license": "apache-2.0",
-        "paper_name": (
-            "Compute-Efficient Medical Image Classification with Softmax-Free Transformers and Sequence Normalization"
-        ),
-        "paper_ids": "arXiv:2406.01314",
-        **changes,
-    }
+def _cfg(first_conv: str = "patch_embed.proj", **changes: Any) -> dict[str, Any]:
+    return configuration(first_conv, SEQNORM, **{"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), **changes})
 
 
 default_cfgs = generate_default_cfgs(
@@ -246,22 +228,8 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create(variant: str, pretrained: bool, **arguments) -> nn.Module:
-    # a `VisionTransformer`, or timm's wrapper of one where `features_only=True` asks for maps
-    arguments = {
-        "class_token": False,
-        "global_pool": "avg",
-        "fc_norm": False,
-        "qkv_bias": False,
-        **arguments,
-    }
-    out_indices = arguments.pop("out_indices", 3)
-    return build_model_with_cfg(
-        VisionTransformer,
-        variant,
-        pretrained,
-        feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
-        **arguments,
-    )
+    plain = {"class_token": False, "global_pool": "avg", "fc_norm": False, "qkv_bias": False}
+    return build(VisionTransformer, variant, pretrained, 3, **{**plain, **arguments})
 
 
 @register_model

@@ -12,22 +12,20 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from timm.layers.pool1d import global_pool_nlc
 from timm.layers.weight_init import trunc_normal_
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from sansmax.models.class_attention import NORM_EPS, ClassAttentionBlock
+from sansmax.models.contract import TokenNetwork, check_output_fmt, start_linear, take_indices
+from sansmax.models.entries import SIMA, build, configuration
 from sansmax.models.rerun import rerun
 from sansmax.models.xcit_layers import FourierPositions, PatchStem, XCiTBlock
 
 __all__ = ["SimAXCiT"]
 
-POOLS = ("token", "avg", "avgmax", "max", "")
 
-
-class SimAXCiT(nn.Module):
+class SimAXCiT(TokenNetwork):
     """XCiT with SimA attention, as published, under timm's contract.
 
     Arguments are those of timm's XCiT: `drop_path_rate` is the same in all blocks, `eta` starts the gains, and the
@@ -66,12 +64,8 @@ class SimAXCiT(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(embed_dim, 1, num_classes, in_chans, global_pool)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.num_classes, self.in_chans, self.num_prefix_tokens = num_classes, in_chans, 1
-        self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
-        self.global_pool = _checked_pool(global_pool)
-        self.grad_checkpointing = False
         self.feature_info = [
             {"num_chs": embed_dim, "reduction": patch_size, "module": f"blocks.{i}"} for i in range(depth)
         ]
@@ -86,15 +80,14 @@ class SimAXCiT(nn.Module):
             [ClassAttentionBlock(embed_dim, num_heads, tokens_norm=tokens_norm, **same) for _ in range(cls_attn_layers)]
         )
         self.norm = nn.LayerNorm(embed_dim, eps=NORM_EPS, **factory)
-        self.head_drop = nn.Dropout(drop_rate)
-        self.head = nn.Linear(embed_dim, num_classes, **factory) if num_classes > 0 else nn.Identity()
+        self.add_head(drop_rate, factory)
         self.init_weights()
 
     def init_weights(self) -> None:
         """The start of training, as published: normal weights of deviation 0.02 in linear layers, gains at `eta`."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                _start_linear(module)
+                start_linear(module)
             elif isinstance(module, nn.Conv2d | nn.LayerNorm | nn.modules.batchnorm._BatchNorm):
                 module.reset_parameters()
             elif isinstance(module, XCiTBlock | ClassAttentionBlock):
@@ -134,15 +127,6 @@ class SimAXCiT(nn.Module):
             x = self._run(block, x, gh, gw)
         return self._gather(x)
 
-    def forward_head(self, x: Float[Tensor, "b t c"], pre_logits: bool = False) -> Tensor:
-        """Logits of the tokens that `forward_features` gives, or the pooled features with `pre_logits`."""
-        x = self.head_drop(global_pool_nlc(x, self.global_pool, self.num_prefix_tokens))
-        if pre_logits or not isinstance(self.head, nn.Linear):
-            return x if pre_logits else self.head(x)
-        # one token per image: autocast would save no time and cost digits of the logits
-        with torch.autocast(x.device.type, enabled=False):
-            return self.head(x.to(self.head.weight.dtype))
-
     def forward(self, x: Float[Tensor, "b in_chans h w"]) -> Tensor:
         """Logits of images; once, in training too."""
         x, gh, gw = self._embed(x)
@@ -168,11 +152,10 @@ class SimAXCiT(nn.Module):
 
         Raises ValueError for another format, and for `return_prefix_tokens`: the class token joins after the blocks.
         """
-        if output_fmt not in ("NCHW", "NLC"):
-            raise ValueError(f'output_fmt must be "NCHW" or "NLC", got {output_fmt!r}')
+        check_output_fmt(output_fmt)
         if return_prefix_tokens:
             raise ValueError("return_prefix_tokens cannot be had: the class token joins after the blocks; leave it out")
-        wanted, last = _taken(len(self.blocks), indices)
+        wanted, last = take_indices(len(self.blocks), indices)
         x, gh, gw = self._embed(x)
         found = []
         for i, block in enumerate(self.blocks[: last + 1] if stop_early else self.blocks):
@@ -188,7 +171,7 @@ class SimAXCiT(nn.Module):
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Leaves out what `forward_intermediates` does not need; with the head goes the class token."""
-        wanted, last = _taken(len(self.blocks), indices)
+        wanted, last = take_indices(len(self.blocks), indices)
         self.blocks = self.blocks[: last + 1]
         if prune_norm:
             self.norm = nn.Identity()
@@ -213,69 +196,16 @@ class SimAXCiT(nn.Module):
         """Whether activations of the blocks are made again in backward instead of kept."""
         self.grad_checkpointing = enable
 
-    def get_classifier(self) -> nn.Module:
-        """The last linear layer."""
-        return self.head
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Another number of classes, 0 for features; and another pooling, if given."""
-        self.num_classes = num_classes
-        if global_pool is not None:
-            self.global_pool = _checked_pool(global_pool, self.num_prefix_tokens)
-        self.head = nn.Identity()
-        if num_classes > 0:
-            old = next(self.patch_embed.parameters())
-            self.head = nn.Linear(self.embed_dim, num_classes, device=old.device, dtype=old.dtype)
-            _start_linear(self.head)
-
     @property
     def stream_obstacle(self) -> str | None:
         """Why the network cannot run in chunks of tokens."""
         return "its blocks have local 3 x 3 convolutions, which need the neighbours of each token"
 
 
-def _checked_pool(global_pool: str, num_prefix_tokens: int = 1) -> str:
-    allowed = POOLS if num_prefix_tokens else POOLS[1:]
-    if global_pool not in allowed:
-        raise ValueError(f"global_pool must be one of {', '.join(map(repr, allowed))}, got {global_pool!r}")
-    return global_pool
-
-
-def _taken(depth: int, indices: int | Sequence[int] | None) -> tuple[list[int], int]:
-    return feature_take_indices(depth, list(indices) if isinstance(indices, Sequence) else indices)
-
-
-def _start_linear(layer: nn.Linear) -> None:
-    trunc_normal_(layer.weight, std=0.02)
-    if layer.bias is not None:
-        nn.init.zeros_(layer.bias)
-
-
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
     """The names of this module for the published ones, and for its own; sizes stay as they are."""
     del model
     return {name.replace("pos_embeder.", "pos_embed.", 1): value for name, value in state_dict.items()}
-
-
-def _cfg(patch: int) -> dict[str, object]:
-    return {
-        "url": "",
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "min_input_size": (3, patch, patch),
-        "pool_size": None,
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "fixed_input_size": False,
-        "mean": (0.485, 0.456, 0.406),
-        "std": (0.229, 0.224, 0.225),
-        "first_conv": "patch_embed.proj.0.0",
-        "classifier": "head",
-        "license": "mit",
-        "paper_name": "SimA: Simple Softmax-free Attention for Vision Transformers",
-        "paper_ids": "arXiv:2206.08898",
-        "origin_url": "https://github.com/UCDvision/sima",
-    }
 
 
 # width, depth, heads; the deep ones start with small gains
@@ -289,12 +219,17 @@ SIZES = {
     "large_24": (768, 24, 16),
 }
 default_cfgs = generate_default_cfgs(
-    {f"sima_{size}_p{patch}.untrained": _cfg(patch) for size in SIZES for patch in (16, 8)}
+    {
+        f"sima_{size}_p{patch}.untrained": configuration(
+            "patch_embed.proj.0.0", SIMA, crop_pct=0.875, min_input_size=(3, patch, patch)
+        )
+        for size in SIZES
+        for patch in (16, 8)
+    }
 )
 
 
 def _create(variant: str, pretrained: bool, **arguments) -> nn.Module:
-    # a `SimAXCiT`, or timm's wrapper of one where `features_only=True` asks for maps
     size, _, patch = variant.removeprefix("sima_").rpartition("_p")
     embed_dim, depth, num_heads = SIZES[size]
     published = {
@@ -305,16 +240,7 @@ def _create(variant: str, pretrained: bool, **arguments) -> nn.Module:
         "eta": 1.0 if depth < 24 else 1e-5,
         "tokens_norm": size != "nano_12",
     }
-    arguments = {**published, **arguments}
-    out_indices = arguments.pop("out_indices", 3)
-    return build_model_with_cfg(
-        SimAXCiT,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
-        **arguments,
-    )
+    return build(SimAXCiT, variant, pretrained, 3, checkpoint_filter_fn, **{**published, **arguments})
 
 
 @register_model
