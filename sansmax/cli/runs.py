@@ -1,0 +1,153 @@
+"""Training a network on pictures, and using it."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sansmax.cli.app import QuietOption, app, command_line, say
+from sansmax.cli.options import (
+    DATA_HELP,
+    GroupColumn,
+    LabelColumn,
+    OverwriteOption,
+    PathColumn,
+    RootOption,
+    RunArgument,
+    SetOption,
+    SizeOption,
+    SkipOption,
+    SplitColumn,
+    as_yaml,
+    parse_size,
+    size_or_native,
+)
+from sansmax.errors import InputError
+
+
+@app.command()
+def train(
+    data: Annotated[str | None, typer.Argument(help=DATA_HELP)] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the run.")] = None,
+    model: Annotated[str | None, typer.Option("--model", "-m", help="Any model of timm's registry.")] = None,
+    image_size: Annotated[str | None, typer.Option(help="Pixels, S or HxW, to which images are resized.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the training images.")] = None,
+    batch_size: Annotated[int | None, typer.Option("--batch-size", "-b", help="Images per step.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
+    path_column: PathColumn = None,
+    label_column: LabelColumn = None,
+    split_column: SplitColumn = None,
+    group_column: GroupColumn = None,
+    root: RootOption = None,
+    config: Annotated[Path | None, typer.Option("--config", "-c", help="Configuration as YAML.")] = None,
+    set_: SetOption = None,
+    skip_bad: SkipOption = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --output.")] = False,
+    overwrite: OverwriteOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Train a network on labelled images; evaluate it; write a run folder with a report."""
+    from sansmax.engine.config import load_config
+    from sansmax.engine.progress import Reporter
+    from sansmax.engine.train import train as train_run
+
+    if output is None:
+        raise InputError("give the folder of the run: --output RUN")
+    given: dict[str, Any] = {
+        "data.source": data,
+        "model.name": model,
+        "data.image_size": None if image_size is None else parse_size(image_size),
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "seed": seed,
+        "data.path_column": path_column,
+        "data.label_column": label_column,
+        "data.split_column": split_column,
+        "data.group_column": group_column,
+        "data.root": None if root is None else str(root),
+        "data.skip_bad": skip_bad or None,
+    }
+    changes = [f"{key}={as_yaml(value)}" for key, value in given.items() if value is not None] + (set_ or [])
+    if resume and config is None and (output / "config.yaml").exists():
+        # what is not given stays as the run has it; what is given has to agree with it
+        config = output / "config.yaml"
+    chosen = load_config(config, changes)
+    if not chosen.data.source and not resume:
+        raise InputError(f"give DATA to train on: {DATA_HELP[0].lower()}{DATA_HELP[1:]}")
+    run = train_run(
+        chosen, output, overwrite=overwrite, resume=resume, command=command_line(), reporter=Reporter(quiet=quiet)
+    )
+    say(f"run: {run.folder}\nread: {run.folder / 'summary.md'}", quiet)
+
+
+@app.command()
+def evaluate(
+    run: RunArgument,
+    data: Annotated[str, typer.Argument(help=DATA_HELP)],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder of the results [RUN/evaluate-NAME].")
+    ] = None,
+    split: Annotated[str, typer.Option(help="Which images: test, val, train, or all.")] = "test",
+    path_column: PathColumn = None,
+    label_column: LabelColumn = None,
+    split_column: SplitColumn = None,
+    group_column: GroupColumn = None,
+    root: RootOption = None,
+    skip_bad: SkipOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Measure a run on labelled images, with intervals."""
+    from sansmax.engine.evaluate import evaluate as evaluate_run
+    from sansmax.engine.progress import Reporter
+
+    columns = {
+        "path_column": path_column,
+        "label_column": label_column,
+        "split_column": split_column,
+        "group_column": group_column,
+        "root": root,
+    }
+    done = evaluate_run(
+        run, data, output=output, split=split, skip_bad=skip_bad, reporter=Reporter(quiet=quiet), **columns
+    )
+    say(done.text(), False)
+
+
+@app.command()
+def predict(
+    run: RunArgument,
+    paths: Annotated[list[Path], typer.Argument(help="Pictures, or folders of pictures.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write CSV here, and JSON beside it.")] = None,
+    image_size: SizeOption = None,
+    skip_bad: SkipOption = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Classify pictures; print or write the probabilities."""
+    from sansmax.engine.predict_many import predict_many
+    from sansmax.engine.progress import Reporter
+
+    size = size_or_native(image_size)
+    done = predict_many(run, paths, output=output, image_size=size, skip_bad=skip_bad, reporter=Reporter(quiet=quiet))
+    sys.stdout.write(done.json() if as_json else done.csv())
+
+
+@app.command()
+def heatmap(
+    run: RunArgument,
+    paths: Annotated[list[Path], typer.Argument(help="Pictures.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for the heat maps [RUN/heatmaps].")
+    ] = None,
+    class_: Annotated[str | None, typer.Option("--class", help="Class to explain [the predicted one].")] = None,
+    image_size: SizeOption = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Draw which parts of a picture speak for a class and against it; also as an array (.npz)."""
+    from sansmax.engine.heatmaps import heatmaps
+    from sansmax.engine.progress import Reporter
+
+    size = size_or_native(image_size)
+    for path in heatmaps(run, paths, output=output, class_name=class_, image_size=size, reporter=Reporter(quiet=quiet)):
+        say(str(path), False)
