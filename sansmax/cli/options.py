@@ -2,11 +2,14 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from sansmax.errors import InputError
+
+if TYPE_CHECKING:
+    from sansmax.engine.predict_slide import SlideOptions
 
 DATA_HELP = (
     "A folder with one sub-folder per class (optionally under train/, val/, test/), a .csv table, a MedMNIST-style "
@@ -24,6 +27,19 @@ RootOption = Annotated[Path | None, typer.Option(help="Folder of a table's image
 SizeOption = Annotated[
     str | None,
     typer.Option("--image-size", help='Pixels [as in training], or "native": the picture at its own resolution.'),
+]
+MppOption = Annotated[
+    float | None,
+    typer.Option("--mpp", help="Of slides: micrometres per pixel that the network sees [level 0 as it is]."),
+]
+SlideMppOption = Annotated[
+    float | None, typer.Option("--slide-mpp", help="Micrometres per pixel at level 0, where a slide does not say.")
+]
+AllPatchesOption = Annotated[
+    bool, typer.Option("--all-patches", help="Of slides: read every patch, not only those with tissue.")
+]
+StoreOption = Annotated[
+    str, typer.Option("--store", help="Where a slide's tokens live between layers: memory, disk or recompute.")
 ]
 SkipOption = Annotated[bool, typer.Option("--skip-bad", help="Leave out images that cannot be read, and list them.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace the run in --output.")]
@@ -52,3 +68,22 @@ def size_or_native(text: str | None) -> int | str | None:
 def as_yaml(value: Any) -> str:
     """A value as the configuration reads it."""
     return json.dumps(value)
+
+
+def run_first(run: Path, paths: list[Path]) -> tuple[Path, list[Path]]:
+    """The run and what it reads, in whichever order they were given."""
+    if not (run / "run.json").is_file() and (paths[-1] / "run.json").is_file():
+        return paths[-1], [run, *paths[:-1]]
+    return run, paths
+
+
+def slide_options(mpp: float | None, slide_mpp: float | None, all_patches: bool, store: str) -> "SlideOptions | None":
+    """How slides are read; None where nothing was said, so that pictures stay pictures."""
+    from sansmax.engine.predict_slide import SlideOptions
+
+    if mpp is None and slide_mpp is None and not all_patches and store == "memory":
+        return None
+    for name, value in (("--mpp", mpp), ("--slide-mpp", slide_mpp)):
+        if value is not None and value <= 0:
+            raise InputError(f"{name} is a number of micrometres per pixel above 0, got {value}")
+    return SlideOptions(mpp=mpp, slide_mpp=slide_mpp, tissue=not all_patches, store=store)

@@ -9,8 +9,10 @@ import typer
 from sansmax.cli.app import QuietOption, app, command_line, say
 from sansmax.cli.options import (
     DATA_HELP,
+    AllPatchesOption,
     GroupColumn,
     LabelColumn,
+    MppOption,
     OverwriteOption,
     PathColumn,
     RootOption,
@@ -18,10 +20,14 @@ from sansmax.cli.options import (
     SetOption,
     SizeOption,
     SkipOption,
+    SlideMppOption,
     SplitColumn,
+    StoreOption,
     as_yaml,
     parse_size,
+    run_first,
     size_or_native,
+    slide_options,
 )
 from sansmax.errors import InputError
 
@@ -116,20 +122,27 @@ def evaluate(
 
 @app.command()
 def predict(
-    run: RunArgument,
-    paths: Annotated[list[Path], typer.Argument(help="Pictures, or folders of pictures.")],
+    run: Annotated[Path, typer.Argument(help="Folder of a run, before or after what it reads.", metavar="RUN")],
+    paths: Annotated[list[Path], typer.Argument(help="Pictures, slides, bags of features, or folders of them.")],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write CSV here, and JSON beside it.")] = None,
     image_size: SizeOption = None,
+    mpp: MppOption = None,
+    slide_mpp: SlideMppOption = None,
+    all_patches: AllPatchesOption = False,
+    store: StoreOption = "memory",
     skip_bad: SkipOption = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Classify pictures; print or write the probabilities."""
+    """Classify pictures, slides at their own resolution, or bags of features; print or write the probabilities."""
     from sansmax.engine.predict_many import predict_many
     from sansmax.engine.progress import Reporter
 
+    run, paths = run_first(run, paths)
     size = size_or_native(image_size)
-    done = predict_many(run, paths, output=output, image_size=size, skip_bad=skip_bad, reporter=Reporter(quiet=quiet))
+    slide = slide_options(mpp, slide_mpp, all_patches, store)
+    how = {"output": output, "skip_bad": skip_bad, "reporter": Reporter(quiet=quiet)}
+    done = predict_many(run, paths, image_size=size, slide=slide, **how)
     sys.stdout.write(done.json() if as_json else done.csv())
 
 

@@ -1,15 +1,6 @@
 """A stack of blocks over tokens in memory, a chunk at a time: exact, with gradients, and only one chunk in work.
 
-    summary = merge over chunks of summarise(x)                       # of the first block
-    for each block:
-        finished = finish(summary);  summary = nothing
-        for each chunk x:                                             # one read and one write of the tokens
-            x = map(finished, x)
-            summary = merge(summary, next block's summarise(x))
-
-Training runs the same schedule backwards with the activations of one chunk recomputed at a time: through `map` of each
-chunk to the gradient of `finished`, through `finish` to that of the summary, through `summarise` of each chunk to its
-tokens. There is no attention mathematics here.
+The schedule is that of `sansmax.engine.schedule`, with tokens and gradients that are tensors.
 
 Shapes: b images, n tokens, c channels.
 """
@@ -21,11 +12,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from sansmax.engine.schedule import Backward, Schedule
+from sansmax.engine.stores import Chunk, MemoryStore
 from sansmax.errors import InputError
 from sansmax.models.attention_soft import Place
 from sansmax.models.blocks import Block
 from sansmax.ops.checks import check_layer
-from sansmax.ops.moments import Weight, merged, without_padding
+from sansmax.ops.moments import Weight
 
 # temporaries of this many tokens stay in the cache of a CPU, and products fill it
 CHUNK_TOKENS = 4096
@@ -55,13 +48,15 @@ def run_chunked(
     """
     _check(blocks, tokens, mask, chunk_tokens, keep)
     layers = cast(list[Block], [*blocks])
+    if not layers:
+        return tokens if in_place else tokens.clone()
     parameters = [p for block in layers for p in block.parameters() if p.requires_grad]
     wants = [t for t in (tokens, mask, *parameters) if isinstance(t, Tensor) and t.requires_grad]
     if not (torch.is_grad_enabled() and wants):
         with torch.no_grad():
-            run = _Stack(layers, tokens if in_place else tokens.clone(), mask, chunk_tokens, progress)
-            run.forward(keep_inputs=False)
-            return run.inputs[-1]
+            store = _Inputs(_shape(tokens), tokens, rolled=tokens if in_place else None)
+            _schedule(layers, tokens, mask, store, chunk_tokens, progress).forward()
+            return store.result()
     if in_place:
         raise InputError("in_place overwrites the tokens that gradients need; leave it out, or use torch.no_grad()")
     return _Differentiable.apply((layers, chunk_tokens, keep, progress), tokens, mask, *parameters)
@@ -80,168 +75,62 @@ def _check(blocks: Iterable[nn.Module], tokens: Tensor, mask: Weight, chunk_toke
                 f"block {i} ({name}) cannot run in chunks: it has no summary of fixed size. "
                 'Use blocks with attention="seqnorm", "sima", or "soft" with pooled landmarks'
             )
-        for name, module in block.named_modules():
-            rate = getattr(module, "p", None) or getattr(module, "drop_prob", None)
-            if module.training and isinstance(rate, float) and rate > 0:
-                raise InputError(
-                    f"block {i} draws random numbers in training ({name}: rate {rate}), which would depend on the "
-                    "chunks; set the rate to 0, or call eval()"
-                )
+        check_no_randomness(block, f"block {i}")
 
 
-class _Stack:
-    """Tokens on their way through blocks; `inputs[l]` are those that block l reads, the last ones the result."""
+def check_no_randomness(module: nn.Module, what: str = "the network") -> None:
+    """Raises InputError for parts that draw random numbers in training: results would depend on the chunks."""
+    for name, part in module.named_modules():
+        rate = getattr(part, "p", None) or getattr(part, "drop_prob", None)
+        if part.training and isinstance(rate, float) and rate > 0:
+            raise InputError(
+                f"{what} draws random numbers in training ({name}: rate {rate}), which would depend on the chunks; "
+                "set the rate to 0, or call eval()"
+            )
 
-    def __init__(
-        self,
-        blocks: list[Block],
-        tokens: Tensor,
-        mask: Weight,
-        chunk_tokens: int,
-        progress: Callable[[int, int], None] | None = None,
-    ) -> None:
-        self.blocks, self.mask, self.progress = blocks, mask, progress
-        n = tokens.shape[1]
-        self.chunks = [slice(first, min(first + chunk_tokens, n)) for first in range(0, n, chunk_tokens)]
-        self.inputs = [tokens]
-        # for each block, what `finish` gave in each of its rounds
-        self.known: list[list[Any]] = []
-        self.done, self.total = 0, len(self.chunks) * (1 + sum(block.rounds for block in blocks))
 
-    def forward(self, keep_inputs: bool) -> None:
-        """Runs all blocks; the tokens are overwritten unless the inputs are kept."""
-        state: Any = None
-        for chunk in self.chunks:
-            state = merged(state, self.summarise(0, self.inputs[0][:, chunk], chunk))
-            self._tick()
-        for layer, block in enumerate(self.blocks):
-            x = self.inputs[layer]
-            y = torch.empty_like(x) if keep_inputs else x
-            known = [block.finish(state, None)]
-            for _ in range(1, block.rounds):
-                state = None
-                for chunk in self.chunks:
-                    state = merged(state, self.summarise(layer, x[:, chunk], chunk, known[-1]))
-                    self._tick()
-                known.append(block.finish(state, known[-1]))
-            self.known.append(known)
-            state = None
-            for chunk in self.chunks:
-                out = block.map(known[-1], without_padding(x[:, chunk], self.weight(chunk)))
-                y[:, chunk] = out
-                if layer + 1 < len(self.blocks):
-                    state = merged(state, self.summarise(layer + 1, out, chunk))
-                self._tick()
-            self.inputs.append(y)
+def chunks_of(n: int, chunk_tokens: int) -> list[Chunk]:
+    """The tokens 0 ... n - 1 in chunks."""
+    return [Chunk(first, min(first + chunk_tokens, n)) for first in range(0, n, chunk_tokens)]
 
-    def _tick(self) -> None:
-        self.done += 1
-        if self.progress is not None:
-            self.progress(self.done, self.total)
 
-    def weight(self, chunk: slice) -> Weight:
-        """The mask of a chunk."""
-        return None if self.mask is None else self.mask[:, chunk]
+def _schedule(
+    blocks: list[Block],
+    tokens: Tensor,
+    mask: Weight,
+    store: MemoryStore,
+    chunk_tokens: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> Schedule:
+    """The schedule over tokens that are there."""
+    done = 0
 
-    def place(self, chunk: slice) -> Place:
-        """Where a chunk stands among the real tokens."""
-        if self.mask is None:
-            b, n = self.inputs[0].shape[:2]
-            first, total = torch.tensor([[chunk.start], [n]]).expand(2, b).to(self.inputs[0].device)
-            return Place(first, total)
-        real = self.mask if self.mask.dtype == torch.bool else self.mask != 0
+    def tick() -> None:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress(done, run.forward_ticks)
+
+    def rank(chunk: Chunk) -> Place:
+        assert mask is not None
+        real = mask if mask.dtype == torch.bool else mask != 0
         return Place(real[:, : chunk.start].sum(1), real.sum(1))
 
-    def summarise(self, layer: int, x: Tensor, chunk: slice, known: Any = None, weight: Weight = None) -> Any:
-        """One round's summary of a chunk."""
-        block = self.blocks[layer]
-        place = self.place(chunk) if block.rounds > 1 else None
-        return block.summarise(x, self.weight(chunk) if weight is None else weight, known, place)
-
-    def read(self, layer: int, chunk: slice) -> Tensor:
-        """The tokens of a chunk before a block: as they were kept, or made again."""
-        if layer < len(self.inputs):
-            return self.inputs[layer][:, chunk]
-        x = self.inputs[0][:, chunk]
-        for block, known in zip(self.blocks[:layer], self.known, strict=False):
-            x = block.map(known[-1], without_padding(x, self.weight(chunk)))
-        return x
+    run = Schedule(
+        blocks,
+        chunks_of(tokens.shape[1], chunk_tokens),
+        lambda chunk: tokens[:, chunk.start : chunk.stop],
+        store,
+        weight=None if mask is None else lambda chunk: mask[:, chunk.start : chunk.stop],
+        rank=None if mask is None else rank,
+        tick=tick,
+    )
+    return run
 
 
-class _Gradients:
-    """Running the stack backwards; `tokens` hold the gradient by the input of the block that was passed last."""
-
-    def __init__(self, run: _Stack, by_result: Tensor, parameters: list[Tensor]) -> None:
-        self.run, self.tokens, self.parameters = run, by_result.clone(), parameters
-        self.of = {id(p): torch.zeros_like(p) for p in parameters}
-        weighted = run.mask is not None and run.mask.requires_grad
-        self.weight = torch.zeros_like(run.mask) if weighted and run.mask is not None else None
-
-    def all_layers(self) -> None:
-        """From the result to the tokens, the weights of the tokens and the parameters."""
-        for layer in reversed(range(len(self.run.blocks))):
-            by_known = self._through_map(layer)
-            for round_ in reversed(range(self.run.blocks[layer].rounds)):
-                by_known = self._through_round(layer, round_, by_known)
-
-    def _through_map(self, layer: int) -> list[Tensor]:
-        """Replaces the gradient of a block's result by that of its input, and returns that of `finished`."""
-        block, known = self.run.blocks[layer], _leaves_of(self.run.known[layer][-1])
-        totals = [torch.zeros_like(t) for t in _floats(known)]
-        for chunk in self.run.chunks:
-            with torch.no_grad():
-                x = self.run.read(layer, chunk).detach()
-            with torch.enable_grad():
-                y = block.map(known, without_padding(x.requires_grad_(), self.run.weight(chunk)))
-            by_x, *by_known = self._differentiate([y], [self.tokens[:, chunk]], [x, *_floats(known)], block)
-            _add(totals, by_known)
-            self.tokens[:, chunk] = by_x
-        return totals
-
-    def _through_round(self, layer: int, round_: int, by_known: list[Tensor]) -> list[Tensor]:
-        """Carries the gradient of what a round gave to the tokens, and returns that of what the round knew."""
-        run, block = self.run, self.run.blocks[layer]
-        before = _leaves_of(run.known[layer][round_ - 1]) if round_ else None
-        totals = [torch.zeros_like(t) for t in _floats(before)]
-        with torch.no_grad():
-            chunks = [run.summarise(layer, run.read(layer, c), c, before) for c in run.chunks]
-        parts = [_leaves_of(part) for part in chunks]
-        with torch.enable_grad():
-            state = None
-            for part in parts:
-                state = merged(state, part)
-            given = _floats(block.finish(state, before))
-        leaves = [t for part in parts for t in _floats(part)]
-        by_all = iter(self._differentiate(given, by_known, [*leaves, *_floats(before)], block))
-        upstream = [[next(by_all) for _ in _floats(part)] for part in parts]
-        _add(totals, by_all)
-        for chunk, by_part in zip(run.chunks, upstream, strict=True):
-            with torch.no_grad():
-                x = run.read(layer, chunk).detach()
-            weight = run.weight(chunk)
-            if self.weight is not None and weight is not None:
-                weight = weight.detach().requires_grad_()
-            inputs = [x, *([] if self.weight is None else [weight]), *_floats(before)]
-            with torch.enable_grad():
-                part = _floats(run.summarise(layer, x.requires_grad_(), chunk, before, weight))
-            by_x, *rest = self._differentiate(part, by_part, inputs, block)
-            self.tokens[:, chunk] += by_x
-            if self.weight is not None:
-                self.weight[:, chunk] += rest.pop(0)
-            _add(totals, rest)
-        return totals
-
-    def _differentiate(self, of: list[Tensor], by: list[Tensor], inputs: list[Any], block: Block) -> list[Tensor]:
-        """Gradients of `inputs`; those of the block's parameters are added up on the way."""
-        own = [p for p in block.parameters() if id(p) in self.of]
-        pairs = [(t, g) for t, g in zip(of, by, strict=True) if t.requires_grad]
-        if not pairs:
-            return [torch.zeros_like(t) for t in inputs]
-        of, by = [t for t, _ in pairs], [g for _, g in pairs]
-        found = torch.autograd.grad(of, [*inputs, *own], by, allow_unused=True, materialize_grads=True)
-        for p, g in zip(own, found[len(inputs) :], strict=True):
-            self.of[id(p)] += g
-        return list(found[: len(inputs)])
+def _shape(tokens: Tensor) -> tuple[int, int, int]:
+    b, n, c = tokens.shape
+    return b, n, c
 
 
 class _Differentiable(torch.autograd.Function):
@@ -250,36 +139,37 @@ class _Differentiable(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, how: tuple, tokens: Tensor, mask: Tensor | None, *parameters: Tensor) -> Tensor:
         blocks, chunk_tokens, keep, progress = how
-        kept = keep == "inputs"
-        run = _Stack(blocks, tokens.detach() if kept else tokens.detach().clone(), mask, chunk_tokens, progress)
-        run.forward(keep_inputs=kept)
-        result = run.inputs.pop()
-        if not kept:
-            run.inputs = [tokens.detach()]
+        # a block's input is the last one's result; the tokens themselves are the caller's and stay as they are
+        kept = range(1, len(blocks)) if keep == "inputs" else ()
+        store = _Inputs(_shape(tokens), tokens, kept)
+        run = _schedule(blocks, tokens.detach(), mask, store, chunk_tokens, progress)
+        run.forward()
         ctx.run = run
         # so that changing them before backward is noticed
         ctx.save_for_backward(tokens, mask, *parameters)
-        return result
+        return store.result()
 
     @staticmethod
     def backward(ctx: Any, by_result: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        _, _, *parameters = ctx.saved_tensors
-        gradients = _Gradients(ctx.run, by_result, parameters)
-        gradients.all_layers()
-        return None, gradients.tokens, gradients.weight, *(gradients.of[id(p)] for p in parameters)
+        _, mask, *parameters = ctx.saved_tensors
+        ctx.run.tick = lambda: None
+        gradients = MemoryStore(_shape(by_result), by_result, kept=(0,))
+        gradients.places[0] = by_result.clone()
+        weight = None if mask is None or not mask.requires_grad else torch.zeros_like(mask)
+        back = Backward(ctx.run, gradients, parameters, weight)
+        back.blocks()
+        return None, gradients.places[0], weight, *(back.of[id(p)] for p in parameters)
 
 
-def _floats(fields: Any) -> list[Tensor]:
-    """The tensors of a state or of what was finished that gradients reach."""
-    return [] if fields is None else [t for t in fields if t is not None and t.is_floating_point()]
+class _Inputs(MemoryStore):
+    """The inputs of blocks; the tokens themselves are not copied, and the result leaves."""
 
+    def write(self, layer: int, chunk: Chunk, x: Tensor) -> None:
+        """Keeps all but the first block's input."""
+        if layer > 0:
+            super().write(layer, chunk, x)
 
-def _leaves_of(fields: Any) -> Any:
-    """The same state with tensors that gradients are asked for."""
-    new = [t if t is None or not t.is_floating_point() else t.detach().requires_grad_() for t in fields]
-    return tuple(new) if type(fields) is tuple else type(fields)(*new)
-
-
-def _add(totals: list[Tensor], parts: Any) -> None:
-    for total, part in zip(totals, parts, strict=True):
-        total += part
+    def result(self) -> Tensor:
+        """What the last block gave; the store forgets it."""
+        self._now.clear()
+        return self.places.pop(None)

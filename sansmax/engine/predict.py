@@ -16,7 +16,9 @@ from sansmax.data.tokens import PixelSource, open_pixels
 from sansmax.engine.build import build_preprocess, check_image_size, patch_size, takes_mask
 from sansmax.engine.config import DataConfig
 from sansmax.engine.explain import occlusion_scores, token_scores
+from sansmax.engine.predict_slide import SlideOptions, predict_slide
 from sansmax.engine.run import Run
+from sansmax.engine.sources import is_slide
 from sansmax.engine.stream import stream_tokens
 from sansmax.errors import InputError, unknown_name
 from sansmax.models.vit import VisionTransformer
@@ -32,7 +34,8 @@ class Prediction:
 
     `probabilities[i]` is that of `classes[i]`. `scores` (rows, columns), where asked for, is the effect of each token
     on the log-odds of `score_class`: positive speaks for it. `xy_level0` (rows * columns, 2) is the upper left corner
-    (x, y) of each token in pixels of the picture as it is stored, in the order of `scores.ravel()`.
+    (x, y) of each token in pixels of the picture as it is stored, in the order of `scores.ravel()`. The tokens of a
+    slide are no grid: `scores` (N,) are those of its patches with tissue, squares of `side` level-0 pixels.
     """
 
     name: str
@@ -42,6 +45,7 @@ class Prediction:
     score_class: str | None = None
     score_method: str | None = None
     xy_level0: np.ndarray | None = None
+    side: float | None = None
 
     @property
     def predicted(self) -> str:
@@ -124,13 +128,17 @@ class Predictor:
         chunk_tokens: int = 65536,
         progress: Callable[[int, int], None] | None = None,
         name: str | None = None,
+        slide: SlideOptions | None = None,
     ) -> Prediction:
         """The answer for a picture given by its path or its pixels.
 
         `image_size` None: the size of training; a number of pixels; or "native": the picture at its own resolution,
         in chunks of tokens (never mirrored). `scores` True explains the predicted class, a class name or number that
-        class.
+        class. A slide (several levels, or huge) is read at its own resolution unless a number of pixels is
+        given, or as `slide` says; with these options any picture is.
         """
+        if slide is not None or (image_size in (None, NATIVE) and is_slide(picture)):
+            return predict_slide(self, picture, slide, scores=scores, progress=progress, name=name)
         name = name or (str(picture) if isinstance(picture, str | Path) else "picture")
         if image_size == NATIVE:
             pixels = open_pixels(picture) if isinstance(picture, str | Path) else picture
@@ -179,22 +187,22 @@ class Predictor:
             )
         p = self.preprocess
         source = PixelSource(pixels, patch, in_chans=p.in_chans, mean=p.mean, std=p.std)
-        run = {"chunk_tokens": chunk_tokens, "progress": progress}
-        asked = [] if isinstance(scores, bool) else [self.class_index(scores)]
-        result = stream_tokens(self.network, source, scores=asked, **run)
+        asked = "predicted" if scores is True else [] if scores is False else [self.class_index(scores)]
+        result = stream_tokens(self.network, source, scores=asked, chunk_tokens=chunk_tokens, progress=progress)
         probabilities = result.logits.double().softmax(1)[0].cpu().numpy()
-        if scores is False:
+        if result.scores is None:
             return Prediction(name, self.classes, probabilities)
-        if scores is True:
-            # the class to explain is known only after the first pass
-            asked = [int(probabilities.argmax())]
-            result = stream_tokens(self.network, source, scores=asked, **run)
-        assert result.scores is not None
-        rows, columns = result.grid
+        rows, columns = source.grid
         yx = np.indices((rows, columns)).reshape(2, -1).T * np.array(patch)
         grid = result.scores[:, 0].reshape(rows, columns)
         return Prediction(
-            name, self.classes, probabilities, grid, self.classes[asked[0]], "mask gradient", yx[:, ::-1].copy()
+            name,
+            self.classes,
+            probabilities,
+            grid,
+            self.classes[result.score_classes[0]],
+            "mask gradient",
+            yx[:, ::-1].copy(),
         )
 
 

@@ -11,8 +11,10 @@ import numpy as np
 
 from sansmax.data.images import IMAGE_SUFFIXES
 from sansmax.engine.predict import Prediction, Predictor
+from sansmax.engine.predict_slide import SlideOptions
 from sansmax.engine.progress import Reporter
 from sansmax.engine.run import Run
+from sansmax.engine.sources import SCANNER_SUFFIXES
 from sansmax.errors import InputError
 from sansmax.report.tables import write_predictions
 
@@ -46,10 +48,13 @@ def predict_many(
     *,
     output: str | Path | None = None,
     image_size: int | str | None = None,
+    slide: SlideOptions | None = None,
     skip_bad: bool = False,
     reporter: Reporter | None = None,
 ) -> Predictions:
-    """The answers for pictures and folders of pictures; CSV to `output` and JSON beside it where one is given.
+    """The answers for pictures, slides and folders of them; CSV to `output` and JSON beside it where one is given.
+
+    `image_size` and `slide` are those of `Predictor.__call__`.
 
     A picture that cannot be read ends the work with an InputError that names it; with `skip_bad` it is left out and
     said.
@@ -64,7 +69,7 @@ def predict_many(
     with reporter.bar("predicting") as bar:
         for i, picture in enumerate(pictures):
             try:
-                items.append(predictor(picture, image_size=image_size))
+                items.append(predictor(picture, image_size=image_size, slide=slide))
             except InputError as error:
                 if not skip_bad:
                     raise
@@ -90,9 +95,10 @@ def pictures_in(paths: Sequence[str | Path]) -> Iterator[Path]:
     """Every picture named, and every picture in a folder named (sub-folders too), sorted."""
     for path in map(Path, paths):
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+            suffixes = IMAGE_SUFFIXES | SCANNER_SUFFIXES
+            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in suffixes and p.is_file())
             if not inside:
-                raise InputError(f"the folder {path} holds no pictures ({', '.join(sorted(IMAGE_SUFFIXES))})")
+                raise InputError(f"the folder {path} holds no pictures ({', '.join(sorted(suffixes))})")
             yield from inside
         elif path.exists():
             yield path

@@ -12,7 +12,7 @@ Shapes: b images, n tokens, t tokens with the prefix, c channels, (gh, gw) the t
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -118,8 +118,6 @@ class VisionTransformer(timm_vit.VisionTransformer):
         """Why the network cannot run in chunks of tokens; None where it can."""
         if not all(block.streams for block in self.blocks):
             return f"{self.attention} attention has no summary of fixed size that chunks of tokens could share"
-        if any(cast(Block, block).rounds > 1 for block in self.blocks):
-            return f"{self.attention} attention summarises the tokens of a layer more than once"
         if isinstance(self.patch_embed, ConvStem):
             return 'its convolutional stem needs the pixels of neighbouring rows (stem="patch" does not)'
         if self.global_pool not in ("avg", "token"):
@@ -140,22 +138,35 @@ class VisionTransformer(timm_vit.VisionTransformer):
         self, pixels: Float[Tensor, "1 in_chans h w"], first_row: int, grid: tuple[int, int]
     ) -> Float[Tensor, "1 n c"]:
         """Tokens of a band of whole rows of the token grid `grid`, from row `first_row` on, with their positions."""
+        return self.embed_region(pixels, (first_row, 0), grid)
+
+    def embed_region(
+        self, pixels: Float[Tensor, "1 in_chans h w"], first: tuple[int, int], grid: tuple[int, int]
+    ) -> Float[Tensor, "1 n c"]:
+        """Tokens of a rectangle of the token grid `grid` whose upper left one is at `first` (row, column)."""
+        size = self.patch_embed.patch_size
+        rows, columns = pixels.shape[-2] // size[0], pixels.shape[-1] // size[1]
         x = self.patch_embed(pixels)
         if x.ndim == 3:
-            x = x.unflatten(1, (-1, grid[1]))
+            x = x.unflatten(1, (rows, columns))
         if self.pos_embed is not None:
-            prefix = 0 if self.no_embed_class else self.num_prefix_tokens
-            size = self.patch_embed.grid_size
-            table = self.pos_embed[0, prefix:].unflatten(0, tuple(size))
-            if tuple(grid) == tuple(size):
-                band = table[first_row : first_row + x.shape[1]]
-            else:
-                # in float32 whatever the type of the table, as timm does
-                rows, columns = (interpolation_matrix(*n).to(table.device) for n in zip(size, grid, strict=True))
-                rows = rows[first_row : first_row + x.shape[1]]
-                band = torch.einsum("rh,hwc,sw->rsc", rows, table.float(), columns)
-            x = x + band.to(x.dtype)
+            where = slice(first[0], first[0] + rows), slice(first[1], first[1] + columns)
+            x = x + self._positions(where, grid).to(x.dtype)
         return self.norm_pre(x.flatten(1, 2))
+
+    def _positions(self, where: tuple[slice, slice], grid: tuple[int, int]) -> Float[Tensor, "h w c"]:
+        assert self.pos_embed is not None
+        prefix = 0 if self.no_embed_class else self.num_prefix_tokens
+        size = self.patch_embed.grid_size
+        table = self.pos_embed[0, prefix:].unflatten(0, tuple(size))
+        if tuple(grid) == tuple(size):
+            return table[where]
+        # in float32 whatever the type of the table, as timm does
+        rows, columns = (
+            interpolation_matrix(*n).to(table.device)[part]
+            for n, part in zip(zip(size, grid, strict=True), where, strict=True)
+        )
+        return torch.einsum("rh,hwc,sw->rsc", rows, table.float(), columns)
 
     def summarise_pool(self, x: Float[Tensor, "1 n c"], mask: Weight = None, prefix: bool = False) -> Mean:
         """What the head needs to know of tokens after the last block; `prefix` says they are the prefix tokens."""

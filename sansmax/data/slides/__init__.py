@@ -1,0 +1,1 @@
+"""Slides and other huge pictures: read by region in micrometres, tissue found, tiles laid out."""
