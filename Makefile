@@ -56,7 +56,7 @@ docs: $(READY)
 
 lock:
 	$(BIN)/uv pip compile --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header \
-		--extra dev --extra docs --output-file requirements.lock pyproject.toml
+		--extra dev --extra docs --extra slides --extra ray --output-file requirements.lock pyproject.toml
 
 clean:
 	rm -rf $(VENV) build dist site
