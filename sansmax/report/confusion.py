@@ -25,14 +25,22 @@ def confusion_matrix(
     path: str | Path,
     *,
     title: str = "",
+    unit: str = "image",
 ) -> Path:
-    """Images by true class (row) and predicted class (column), as counts and per cent of the row."""
+    """Images by true class (row) and predicted class (column), as counts and per cent of the row.
+
+    `unit` is what is counted, one of it in words.
+    """
     with look():
-        return save(confusion_figure(labels, probabilities, classes, title), path)
+        return save(confusion_figure(labels, probabilities, classes, title, unit), path)
 
 
 def confusion_figure(
-    labels: Sequence[int] | np.ndarray, probabilities: np.ndarray, classes: Sequence[str], title: str = ""
+    labels: Sequence[int] | np.ndarray,
+    probabilities: np.ndarray,
+    classes: Sequence[str],
+    title: str = "",
+    unit: str = "image",
 ) -> Figure:
     """The figure of `confusion_matrix`."""
     y, p, names = checked(labels, probabilities, classes)
@@ -41,11 +49,12 @@ def confusion_figure(
     np.add.at(counts, (y, p.argmax(axis=1)), 1)
     share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     right = int(np.trace(counts))
-    subtitle = f"{right} of {len(y)} images right; each row sums to 100 %"
+    subtitle = f"{right} of {len(y)} {unit}s right; each row sums to 100 %"
     cell = 1.25 if k <= 3 else 0.66 if k <= 10 else 0.47
     margin = min(2.2, 0.5 + 0.075 * min(18, max(map(len, names))))
     size = k * cell
-    figure = new_figure(max(4.6, size + margin + 0.5), size + margin + 0.9, title or finding(counts, names), subtitle)
+    title = title or finding(counts, names, unit)
+    figure = new_figure(max(4.6, size + margin + 0.5), size + margin + 0.9, title, subtitle)
     axes = figure.subplots()
     axes.imshow(share, cmap=blues(), vmin=0, vmax=1, aspect="equal")
     name_axes(axes, names)
@@ -53,14 +62,14 @@ def confusion_figure(
     return figure
 
 
-def finding(counts: np.ndarray, names: Sequence[str]) -> str:
+def finding(counts: np.ndarray, names: Sequence[str], unit: str = "image") -> str:
     """The most frequent confusion, in words."""
     wrong = counts - np.diag(np.diag(counts))
     if not wrong.any():
-        return "No image was taken for another class"
+        return f"No {unit} was taken for another class"
     i, j = divmod(int(wrong.argmax()), len(wrong))
     short = [textwrap.shorten(names[c], 22, placeholder="...") or names[c][:22] for c in (i, j)]
-    return f"Most frequent error: {short[0]} taken\nfor {short[1]}, {wrong[i, j]} of {counts[i].sum()} images"
+    return f"Most frequent error: {short[0]} taken\nfor {short[1]}, {wrong[i, j]} of {counts[i].sum()} {unit}s"
 
 
 def blues() -> Colormap:
