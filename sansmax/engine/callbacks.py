@@ -2,6 +2,7 @@
 
 import io
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from sansmax.engine.run import save_weights
 from sansmax.engine.stopping import Stopped, StopSignal
 from sansmax.files import replacing
 from sansmax.report.scores import class_rankings, mean_defined
-from sansmax.report.tables import append_row
+from sansmax.report.tables import COLUMNS, append_row
 
 METRICS = "metrics.csv"
 CHECKPOINT = "last.ckpt"
@@ -29,6 +30,8 @@ class Recorder(pl.Callback):
 
     Its state travels in the checkpoint: with it a run that is taken up gives the same rows as one that never stopped.
     """
+
+    columns: Sequence[str] = COLUMNS
 
     def __init__(self, folder: Path, config: TrainConfig, stop: StopSignal, bar: Bar, batches: int) -> None:
         self.folder, self.config, self.stop, self.bar, self.batches = folder, config, stop, bar, batches
@@ -83,11 +86,10 @@ class Recorder(pl.Callback):
         self.steps_here += 1
         epoch, done = trainer.current_epoch, batch_idx + 1
         self.next_batch = (epoch, done)
-        rate = self.steps_here * self.config.batch_size / max(time.monotonic() - self.started, 1e-9)
         self.bar.update(
             epoch * self.batches + done,
             self.config.epochs * self.batches,
-            f"epoch {epoch + 1}/{self.config.epochs}  loss {self.loss_sum / self.loss_count:.4f}  {rate:.0f} images/s",
+            f"epoch {epoch + 1}/{self.config.epochs}  loss {self.loss_sum / self.loss_count:.4f}  {self.speed(batch)}",
         )
         if done == self.batches:
             # taken up after its last batch, an epoch would not be validated: its end writes the checkpoint
@@ -98,25 +100,34 @@ class Recorder(pl.Callback):
         if time.monotonic() - self.saved > 60 * self.config.checkpoint_minutes:
             self._checkpoint(trainer)
 
+    def speed(self, batch: Any) -> str:
+        """How fast training is, in words; called once for each batch."""
+        rate = self.steps_here * self.config.batch_size / max(time.monotonic() - self.started, 1e-9)
+        return f"{rate:.0f} images/s"
+
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Adds the epoch's row, keeps the weights if they are the best, writes the checkpoint."""
         assert isinstance(pl_module, Classifier)
-        row = self._row(trainer, pl_module)
-        watched = None if self.config.monitor == "last" else row[self.config.monitor]
+        row = self.row(trainer, pl_module)
+        watched = self.watched(row)
         if self._is_best(watched):
             self.best = watched
             self.best_epoch = trainer.current_epoch
-            save_weights(pl_module.evaluated, self.folder / "model.safetensors")
-        append_row(self.folder / METRICS, row)
+            save_weights(pl_module.kept(), self.folder / "model.safetensors")
+        append_row(self.folder / METRICS, row, self.columns)
         self.loss_sum, self.loss_count = 0.0, 0
         self.next_batch = (trainer.current_epoch + 1, 0)
-        self.bar.say(_line(row, self.config.epochs, self.best_epoch == trainer.current_epoch))
+        self.bar.say(self.line(row) + ("  *" if self.best_epoch == trainer.current_epoch else ""))
         self.finished = trainer.current_epoch + 1 >= self.config.epochs
         if self.config.patience is not None and trainer.current_epoch - self.best_epoch >= self.config.patience:
             self.finished = trainer.should_stop = True
         self._checkpoint(trainer)
         if self.stop.name is not None:
             raise self._stopped()
+
+    def watched(self, row: dict[str, Any]) -> float | None:
+        """The figure by which the best epoch is chosen."""
+        return None if self.config.monitor == "last" else row[self.config.monitor]
 
     def _is_best(self, watched: float | None) -> bool:
         if self.config.monitor == "last" or self.best is None:
@@ -125,7 +136,17 @@ class Recorder(pl.Callback):
             return False
         return watched < self.best if self.config.monitor == "val_loss" else watched > self.best
 
-    def _row(self, trainer: pl.Trainer, module: Classifier) -> dict[str, Any]:
+    def line(self, row: dict[str, Any]) -> str:
+        """An epoch in one line."""
+        area = "" if row["val_auc"] is None else f"  val AUC {row['val_auc']:.4f}"
+        return (
+            f"epoch {row['epoch']:>3}/{self.config.epochs}  train loss {row['train_loss']:.4f}  "
+            f"val loss {row['val_loss']:.4f}  val accuracy {100 * row['val_accuracy']:.1f} %{area}  "
+            f"{row['images_per_second']:.0f} images/s"
+        )
+
+    def row(self, trainer: pl.Trainer, module: Classifier) -> dict[str, Any]:
+        """The figures of an epoch."""
         logits = torch.cat(module.val_logits)
         if not logits.isfinite().all():
             raise not_finite("the validation", trainer.global_step, trainer.current_epoch, self.config.optim)
@@ -173,12 +194,3 @@ def validation_figures(logits: Tensor, labels: Tensor) -> dict[str, float | None
         "val_accuracy": float((log_p.argmax(1) == labels).double().mean()),
         "val_auc": area if np.isfinite(area) else None,
     }
-
-
-def _line(row: dict[str, Any], epochs: int, best: bool) -> str:
-    area = "" if row["val_auc"] is None else f"  val AUC {row['val_auc']:.4f}"
-    return (
-        f"epoch {row['epoch']:>3}/{epochs}  train loss {row['train_loss']:.4f}  val loss {row['val_loss']:.4f}  "
-        f"val accuracy {100 * row['val_accuracy']:.1f} %{area}  {row['images_per_second']:.0f} images/s"
-        + ("  *" if best else "")
-    )

@@ -5,19 +5,23 @@ Names are timm's. A value is set by its dotted name, `optim.lr=3e-4`, or by its 
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from sansmax.errors import InputError
 
+Config = TypeVar("Config", bound=BaseModel)
 
-class _Section(BaseModel):
+
+class Section(BaseModel):
+    """Keys that belong together; unknown ones are an error."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
 
-class DataConfig(_Section):
+class DataConfig(Section):
     """What to read, how to split it, and how pictures become tensors."""
 
     source: str = ""
@@ -55,7 +59,7 @@ class DataConfig(_Section):
         return self.image_size if isinstance(self.image_size, tuple) else (self.image_size, self.image_size)
 
 
-class ModelConfig(_Section):
+class ModelConfig(Section):
     """Which network of timm's registry, ours included, and its arguments."""
 
     name: str = "seqnorm_vit_tiny_patch16_224"
@@ -65,7 +69,7 @@ class ModelConfig(_Section):
     """Further arguments of `timm.create_model`: `model.options.depth=6`."""
 
 
-class AugmentConfig(_Section):
+class AugmentConfig(Section):
     """Random changes of training pictures (torchvision); all are off at 0."""
 
     hflip: float = Field(default=0.5, ge=0.0, le=1.0)
@@ -98,7 +102,7 @@ class AugmentConfig(_Section):
     """timm's auto-augment string, such as `rand-m9-mstd0.5-inc1`."""
 
 
-class OptimConfig(_Section):
+class OptimConfig(Section):
     """Optimiser, schedule and loss (timm)."""
 
     opt: str = "adamw"
@@ -121,7 +125,7 @@ class OptimConfig(_Section):
     """Evaluate and keep an exponential moving average of the weights."""
 
 
-class TrainConfig(_Section):
+class TrainConfig(Section):
     """A whole run."""
 
     data: DataConfig = DataConfig()
@@ -161,34 +165,39 @@ def dotted_names(model: type[BaseModel] = TrainConfig, prefix: str = "") -> list
     return names
 
 
-def load_config(file: str | Path | None = None, overrides: list[str] | dict[str, Any] | None = None) -> TrainConfig:
+def load_config(
+    file: str | Path | None = None,
+    overrides: list[str] | dict[str, Any] | None = None,
+    kind: type[Config] = TrainConfig,
+) -> Config:
     """The configuration of a YAML file (or the defaults), changed by `key=value` texts or a dict of dotted names.
 
-    Raises InputError for an unreadable file, an unknown key (with the nearest names) and a value of the wrong kind.
+    `kind` is the class of the configuration. Raises InputError for an unreadable file, an unknown key (with the nearest
+    names) and a value of the wrong kind.
     """
     values: dict[str, Any] = {} if file is None else _read_yaml(Path(file))
-    items = overrides.items() if isinstance(overrides, dict) else map(_split_override, overrides or [])
+    items = overrides.items() if isinstance(overrides, dict) else map(split_override, overrides or [])
     for key, value in items:
-        _set(values, full_name(key), value)
+        _set(values, full_name(key, kind), value)
     try:
-        return TrainConfig.model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as error:
-        raise InputError(_explain(error)) from None
+        raise InputError(_explain(error, kind)) from None
 
 
-def full_name(key: str) -> str:
+def full_name(key: str, kind: type[BaseModel] = TrainConfig) -> str:
     """The dotted name that `key` stands for: itself, or the only name that ends with it."""
-    names = dotted_names()
+    names = dotted_names(kind)
     if key in names or key.startswith("model.options."):
         return key
     ending = [n for n in names if n.rsplit(".", 1)[-1] == key]
     if len(ending) == 1:
         return ending[0]
-    raise InputError(f"unknown key {key!r}: {_did_you_mean(key)}")
+    raise InputError(f"unknown key {key!r}: {_did_you_mean(key, kind)}")
 
 
-def _did_you_mean(key: str) -> str:
-    names = dotted_names()
+def _did_you_mean(key: str, kind: type[BaseModel]) -> str:
+    names = dotted_names(kind)
     by_end = {n.rsplit(".", 1)[-1]: n for n in names}
     like = difflib.get_close_matches(key, names, n=3, cutoff=0.6)
     like += [by_end[m] for m in difflib.get_close_matches(key.rsplit(".", 1)[-1], by_end, n=3, cutoff=0.6)]
@@ -198,7 +207,8 @@ def _did_you_mean(key: str) -> str:
     return f"the keys are {', '.join(names)}; arguments of the network are set by model.options.NAME"
 
 
-def _split_override(text: str) -> tuple[str, Any]:
+def split_override(text: str) -> tuple[str, Any]:
+    """Key and value of a `key=value` text."""
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise InputError(f"--set takes key=value, got {text!r}; for example --set optim.lr=3e-4")
@@ -242,23 +252,23 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def _explain(error: ValidationError) -> str:
+def _explain(error: ValidationError, kind: type[BaseModel]) -> str:
     lines = []
     for item in error.errors():
         name = ".".join(str(part) for part in item["loc"] if not str(part).startswith(("tuple[", "int", "function-")))
         if item["type"] == "extra_forbidden":
-            lines.append(f"unknown key {name!r}: {_did_you_mean(name)}")
+            lines.append(f"unknown key {name!r}: {_did_you_mean(name, kind)}")
         else:
             lines.append(f"{name or 'configuration'}: {item['msg']}, got {item['input']!r}")
     return "\n".join(dict.fromkeys(lines))
 
 
-def dump_config(config: TrainConfig) -> str:
+def dump_config(config: BaseModel) -> str:
     """The configuration as YAML, to be read back by `load_config`."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
-def differences(old: TrainConfig, new: TrainConfig) -> list[str]:
+def differences(old: BaseModel, new: BaseModel) -> list[str]:
     """The keys in which two configurations differ, as `key: old -> new`."""
 
     def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

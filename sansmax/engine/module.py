@@ -78,6 +78,10 @@ class Classifier(pl.LightningModule):
         """The weights that are evaluated and kept: the moving average where there is one."""
         return self.network if self.ema is None else self.ema.module
 
+    def kept(self) -> nn.Module:
+        """The network whose weights a run keeps."""
+        return self.evaluated
+
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Seeds dropout, drop path and mixup by the step."""
         words = np.random.SeedSequence([self.seed, self.global_step]).generate_state(2)

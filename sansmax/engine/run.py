@@ -68,8 +68,12 @@ class Run:
             raise InputError(
                 f"{folder} is not a run: it has no {' and '.join(m for m in MARKS if not (folder / m).exists())}"
             )
-        config = load_config(folder / "config.yaml")
         info = read_json(folder / "run.json")
+        if "preprocess" not in info:
+            raise InputError(
+                f"{folder} is a run on bags of features, which reads no pictures; give bags, or another run"
+            )
+        config = load_config(folder / "config.yaml")
         return cls(folder, config, tuple(info["classes"]), Preprocess.from_dict(info["preprocess"]), info)
 
     def load_model(self, device: torch.device | str = "cpu") -> nn.Module:

@@ -158,7 +158,7 @@ def _features(model: Any, source: Any) -> Opened:
             )
         from sansmax.data.bags.reading import read_bag
 
-        source = read_bag(Path(source))
+        source = read_bag(Path(source), mmap=True)
     bag = source if hasattr(source, "features") else None
     features = source.features if bag is not None else source
     coords = None if bag is None or bag.grid is None else _centred(bag.grid)
@@ -178,4 +178,4 @@ def _features(model: Any, source: Any) -> Opened:
 
 def _centred(grid: np.ndarray) -> np.ndarray:
     """Coordinates from the middle of the whole bag, as the network takes them before it sees a chunk."""
-    return centred_coords(torch.from_numpy(np.asarray(grid, np.float32))[None])[0].numpy()
+    return centred_coords(torch.from_numpy(np.asarray(grid, np.float64))[None])[0].numpy()

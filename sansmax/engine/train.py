@@ -190,7 +190,7 @@ def _fit(
     checkpoint = output / CHECKPOINT
     ckpt_path = None
     if resume and checkpoint.exists():
-        state = _recorder_state(checkpoint)
+        state = recorder_state(checkpoint)
         if state["finished"]:
             return
         epoch, batch = state["next_batch"]
@@ -205,7 +205,7 @@ def _fit(
     with stop.listening(), reporter.bar("training") as bar:
         recorder = Recorder(output, config, stop, bar, steps)
         try:
-            _run_lightning(config, module, recorder, train_loader, val_loader, ckpt_path)
+            run_lightning(config, module, recorder, train_loader, val_loader, ckpt_path)
         finally:
             for loader in (train_loader, val_loader):
                 _end_workers(loader)
@@ -218,7 +218,8 @@ def _end_workers(loader: ImageLoader) -> None:
         iterator._shutdown_workers()
 
 
-def _recorder_state(checkpoint: Path) -> dict[str, Any]:
+def recorder_state(checkpoint: Path) -> dict[str, Any]:
+    """What the recorder of a run left in its checkpoint; InputError where that is damaged."""
     try:
         return torch.load(checkpoint, map_location="cpu", weights_only=True)["callbacks"]["Recorder"]
     except Exception as error:
@@ -228,9 +229,10 @@ def _recorder_state(checkpoint: Path) -> dict[str, Any]:
         ) from error
 
 
-def _run_lightning(
-    config: TrainConfig, module: Any, recorder: Any, train_loader: Any, val_loader: Any, ckpt_path: str | None
+def run_lightning(
+    config: Any, module: Any, recorder: Any, train_loader: Any, val_loader: Any, ckpt_path: str | None
 ) -> None:
+    """Lightning's loop on one device, with our own records of it."""
     import lightning.pytorch as pl
 
     from sansmax.engine.callbacks import WholeFiles
@@ -244,7 +246,8 @@ def _run_lightning(
             devices=1,
             precision={"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}[config.precision],  # pyright: ignore[reportArgumentType]
             max_epochs=config.epochs,
-            gradient_clip_val=config.optim.clip_grad,
+            # a module that steps by itself clips by itself
+            gradient_clip_val=config.optim.clip_grad if module.automatic_optimization else None,
             callbacks=[recorder],
             logger=False,
             enable_checkpointing=False,

@@ -2,23 +2,27 @@
 
 import timm
 
-from sansmax.models import convert, cvt, deit, soft, vit, xcit
+from sansmax.models import convert, cvt, deit, slide, soft, vit, xcit
 from sansmax.models.cvt import Cvt
 from sansmax.models.pyramid import Pyramid
+from sansmax.models.slide import GatedSlideNetwork, SlideNetwork
 from sansmax.models.soft import Soft
 from sansmax.models.vit import VisionTransformer
 from sansmax.models.xcit import SimAXCiT
 
 __all__ = [
     "Cvt",
+    "GatedSlideNetwork",
     "Pyramid",
     "SimAXCiT",
+    "SlideNetwork",
     "Soft",
     "VisionTransformer",
     "convert",
     "cvt",
     "deit",
     "list_models",
+    "slide",
     "soft",
     "vit",
     "xcit",

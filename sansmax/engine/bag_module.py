@@ -1,0 +1,135 @@
+"""A slide network in training, as a Lightning module: a step over packs of bags, whatever their number.
+
+The loss of a step is that of all its patients at once. Of a loss that is a sum over patients each pack gives its part;
+Cox's likelihood is not, so there the risks of all patients are computed first, then each pack again with the gradient
+of the whole loss by its risks. Either way the gradient is exact, and memory that of one pack.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sansmax.data.bag_loading import Pack
+from sansmax.engine.bag_config import OptimConfig, TokenConfig
+from sansmax.engine.bag_losses import Objective
+from sansmax.engine.module import Classifier, not_finite
+from sansmax.models.slide import FeatureNetwork
+
+
+class BagModule(Classifier):
+    """A slide network with its objective.
+
+    `targets` are those of the training patients, `val_targets` of the validation patients, as in `Cases`.
+    """
+
+    def __init__(
+        self,
+        network: FeatureNetwork,
+        optim: OptimConfig,
+        tokens: TokenConfig,
+        objective: Objective,
+        targets: np.ndarray,
+        epochs: int,
+        steps_per_epoch: int,
+        seed: int,
+    ) -> None:
+        super().__init__(network, optim, network.num_classes, epochs, steps_per_epoch, seed)
+        self.tokens, self.objective = tokens, objective
+        self.automatic_optimization = False
+        self.register_buffer("targets", _tensor(targets), persistent=False)
+        self.val_indices: list[Tensor] = []
+
+    def training_step(self, batch: list[Pack], batch_idx: int) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """One step of the optimiser over the packs of a batch."""
+        optimizer: Any = self.optimizers()
+        optimizer.zero_grad()
+        self.last_loss = self.accumulate(batch)
+        if not np.isfinite(self.last_loss):
+            raise not_finite("the loss", self.global_step + 1, self.current_epoch, self.optim)
+        if self.optim.clip_grad is not None:
+            self.clip_gradients(optimizer, self.optim.clip_grad, "norm")
+        optimizer.step()
+        scheduler: Any = self.lr_schedulers()
+        if scheduler is not None:
+            self.lr_scheduler_step(scheduler, None)
+        if self.ema is not None:
+            self.ema.update(self.network, step=self.global_step)
+
+    def accumulate(self, packs: list[Pack]) -> float:
+        """Adds the gradient of the loss over all packs to the parameters, and gives the loss."""
+        targets = [self.get_buffer("targets")[p.indices] for p in packs]
+        every, o = torch.cat(targets), self.objective
+        if len(packs) == 1:
+            return self._backward(o.loss(self.outputs(packs[0], 0), every))
+        if o.separable:
+            whole = o.weight(every).clamp_min(1e-12)
+            parts = enumerate(zip(packs, targets, strict=True))
+            return sum(self._backward(o.total(self.outputs(p, i), t) / whole) for i, (p, t) in parts)
+        with torch.no_grad():
+            outputs = torch.cat([self.outputs(p, i) for i, p in enumerate(packs)])
+        outputs.requires_grad_()
+        loss = o.loss(outputs, every)
+        by_outputs = torch.autograd.grad(loss, outputs)[0].split([len(p.indices) for p in packs])
+        for i, (p, by) in enumerate(zip(packs, by_outputs, strict=True)):
+            self._backward((self.outputs(p, i) * by).sum())
+        return float(loss.detach())
+
+    def _backward(self, loss: Tensor) -> float:
+        self.manual_backward(loss)
+        return float(loss.detach())
+
+    def outputs(self, pack: Pack, number: int) -> Tensor:
+        """What the network gives for the bags of a pack in training, random numbers by seed, step and pack alone."""
+        words = np.random.SeedSequence([self.seed, self.global_step, number]).generate_state(1)
+        torch.manual_seed(int(words[0]))
+        features = pack.features
+        if self.tokens.noise:
+            features = features + torch.randn_like(features) * (self.tokens.noise * features.std())
+        features = F.dropout(features, self.tokens.drop)
+        return run_pack(self.network, pack._replace(features=features)).float()
+
+    def on_validation_epoch_start(self) -> None:
+        """Forgets the predictions of the last validation."""
+        super().on_validation_epoch_start()
+        self.val_indices.clear()
+
+    def validation_step(self, batch: list[Pack], batch_idx: int) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Collects outputs, and whose they are."""
+        for pack in batch:
+            self.val_logits.append(run_pack(self.evaluated, pack).float().cpu())
+            self.val_indices.append(pack.indices.cpu())
+
+    def kept(self) -> nn.Module:
+        """The network whose weights a run keeps: its outputs are in the units of the targets."""
+        return in_units(self.evaluated, self.objective)
+
+
+def run_pack(network: nn.Module, pack: Pack) -> Tensor:
+    """Outputs of the bags of a pack, one row each."""
+    if len(pack.lengths) == 1:
+        return network(pack.features, pack.coords)
+    return network(pack.features, pack.coords, lengths=pack.lengths)
+
+
+def in_units(network: nn.Module, objective: Objective) -> nn.Module:
+    """The network, its linear head scaled and moved where targets were standardised."""
+    if objective.mean is None or objective.scale is None:
+        return network
+    import copy
+
+    scaled: Any = copy.deepcopy(network)
+    with torch.no_grad():
+        scale, mean = objective.scale.to(scaled.head.weight), objective.mean.to(scaled.head.weight)
+        scaled.head.weight.mul_(scale.unsqueeze(1))
+        scaled.head.bias.mul_(scale).add_(mean)
+    return scaled
+
+
+def _tensor(targets: np.ndarray) -> Tensor:
+    if targets.dtype.kind in "iu":
+        return torch.tensor(targets, dtype=torch.int64)
+    # times that differ after the eighth digit are not tied
+    return torch.tensor(targets, dtype=torch.float64)

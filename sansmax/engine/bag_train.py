@@ -1,0 +1,271 @@
+"""Training on bags of features: from cases and their bags to a run folder with weights and metrics."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from sansmax.data.bag_loading import BagLoader, Bags, Keep, empty_cases, listed
+from sansmax.data.bags.cases import Cases
+from sansmax.engine.bag_config import BagConfig
+from sansmax.engine.bag_losses import Objective
+from sansmax.engine.bag_predict import predict_bags, predict_run, reader_for
+from sansmax.engine.bag_run import BagRun, build_slide_network, write_start
+from sansmax.engine.build import num_parameters
+from sansmax.engine.config import differences
+from sansmax.engine.progress import Reporter
+from sansmax.engine.run import check_folder, explained_disk, is_run, prepare_folder, write_json
+from sansmax.engine.stopping import StopNow, Stopped, StopSignal
+from sansmax.engine.train import recorder_state, run_lightning
+from sansmax.errors import InputError
+from sansmax.files import write_text
+from sansmax.models.slide import FeatureNetwork
+from sansmax.report.tables import as_csv, truncate_rows
+
+__all__ = ["BagRun", "fit_bags", "fit_or_resume", "predict_bags", "predict_run"]
+
+# what is written before run.json, which makes a folder a run
+START = ("data.txt", "splits.csv", "config.yaml")
+
+
+def fit_bags(
+    config: BagConfig,
+    network: FeatureNetwork | None,
+    bags: Bags,
+    cases: Cases,
+    train_ids: Sequence[str],
+    val_ids: Sequence[str],
+    folder: str | Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    reporter: Reporter | None = None,
+    command: str = "",
+) -> BagRun:
+    """Trains on the cases `train_ids`, chooses the epoch by `val_ids`, and leaves everything in `folder`.
+
+    `network` None: that of the configuration, its start drawn by the seed. Cases without a token are left out and
+    listed in data.txt. With `resume` a run that was stopped goes on where it was, and ends as one that never stopped;
+    a finished one is given back. Nothing but these cases is looked at.
+
+    Raises InputError for wrong input, and `Stopped` when asked to stop by Ctrl-C or SIGTERM (everything is saved).
+    """
+    folder, reporter = Path(folder), reporter or Reporter(quiet=True)
+    check_folder(folder, overwrite=overwrite, resume=resume)
+    train, val, notes = _parts(bags, cases, train_ids, val_ids)
+    if resume:
+        _check_same(folder, config, train, val)
+        if (run := BagRun.open(folder)).info["state"] == "finished":
+            reporter.say(f"{folder} is finished, there is nothing to go on with")
+            return run
+    if not len(val) and (config.monitor != "last" or config.patience):
+        raise InputError("there are no patients to validate with: give some, or --set monitor=last")
+    o = config.optim
+    objective = Objective.of(cases.task, train.targets, cases.outputs, o.class_weights, o.smoothing, o.ties)
+    torch.manual_seed(config.seed)
+    width = _width(bags, network)
+    network = network or build_slide_network(config.model, width, cases.outputs)
+    with explained_disk(folder):
+        if not resume:
+            prepare_folder(folder, overwrite=overwrite, resume=False)
+            _write_new(folder, config, cases, train, val, bags, width, notes, command)
+        reporter.say(
+            f"{config.model.name}: {num_parameters(network):,} parameters; {len(train):,} patients to train on, "
+            f"{len(val):,} to validate; run in {folder}"
+        )
+        try:
+            _fit(config, folder, network, objective, bags, train, val, resume, reporter)
+            return _finish(folder, bags, val)
+        except (KeyboardInterrupt, StopNow):
+            raise Stopped("stopped at once; what was written before is kept", folder) from None
+
+
+def fit_or_resume(
+    config: BagConfig,
+    bags: Bags,
+    cases: Cases,
+    train_ids: Sequence[str],
+    val_ids: Sequence[str],
+    folder: str | Path,
+    reporter: Reporter | None = None,
+) -> None:
+    """`fit_bags` for one of many runs: goes on with what is in the folder, even where a kill left half a start."""
+    folder = Path(folder)
+    there = is_run(folder)
+    if not there and folder.is_dir():
+        for name in START:
+            (folder / name).unlink(missing_ok=True)
+        for partial in folder.glob(".*.????????.*"):
+            partial.unlink()
+    fit_bags(config, None, bags, cases, train_ids, val_ids, folder, resume=there, reporter=reporter)
+
+
+def _parts(
+    bags: Bags, cases: Cases, train_ids: Sequence[str], val_ids: Sequence[str]
+) -> tuple[Cases, Cases, list[str]]:
+    """The training and validation cases that have tokens, and notes on those that have none."""
+    if both := sorted(set(train_ids) & set(val_ids)):
+        raise InputError(f"{len(both)} cases are both to train and to validate: {listed(both)}")
+    kept, notes = [], []
+    for what, ids in (("train", train_ids), ("val", val_ids)):
+        part = cases.take(ids)
+        empty = {part.ids[i] for i in empty_cases(bags, part.slides)}
+        if empty:
+            notes.append(f"{len(empty)} cases of {what} left out, their bags are empty: {listed(sorted(empty))}")
+        kept.append(part.take([name for name in part.ids if name not in empty]))
+    if not len(kept[0]):
+        raise InputError("there are no patients to train on: " + ("; ".join(notes) or "the training part is empty"))
+    return kept[0], kept[1], notes
+
+
+def _width(bags: Any, network: FeatureNetwork | None) -> int:
+    """The width of the features, which must be that of the network."""
+    width = getattr(bags, "width", None) or (network.in_features if network is not None else None)
+    if width is None:
+        raise InputError("the bags do not say how wide their features are; give a network")
+    if network is not None and network.in_features != width:
+        raise InputError(
+            f"the bags hold features of width {width} (encoder {getattr(bags, 'encoder', None) or 'not named'}), the "
+            f"network reads {network.in_features}; build it with in_features={width}"
+        )
+    return width
+
+
+def _splits(train: Cases, val: Cases) -> str:
+    rows = [[name, part] for part, of in (("train", train), ("val", val)) for name in of.ids]
+    return as_csv([["case", "split"], *rows])
+
+
+def _check_same(folder: Path, config: BagConfig, train: Cases, val: Cases) -> None:
+    stored = BagRun.open(folder).config
+    if changed := differences(stored, config):
+        raise InputError(
+            "a resumed run keeps its configuration, and this one differs:\n  " + "\n  ".join(changed) + "\n"
+            "leave the changes out, or start a new run in another --output"
+        )
+    if (folder / "splits.csv").read_text(encoding="utf-8") != _splits(train, val):
+        raise InputError(
+            f"the patients are not those the run {folder} began with (see its splits.csv); put them back, or start a "
+            "new run in another --output"
+        )
+
+
+def _write_new(
+    folder: Path,
+    config: BagConfig,
+    cases: Cases,
+    train: Cases,
+    val: Cases,
+    bags: Any,
+    width: int,
+    notes: list[str],
+    command: str,
+) -> None:
+    info = {
+        "task": cases.task,
+        "target": list(cases.target),
+        "classes": list(cases.classes),
+        "encoder": getattr(bags, "encoder", None),
+        "in_features": width,
+        "layout": getattr(bags, "layout", None),
+    }
+    said = [getattr(bags, "note", ""), *cases.notes, *notes]
+    write_text(folder / "data.txt", "\n".join(line for line in said if line) + "\n")
+    write_text(folder / "splits.csv", _splits(train, val))
+    write_start(folder, config, info, command)
+
+
+def _fit(
+    config: BagConfig,
+    folder: Path,
+    network: FeatureNetwork,
+    objective: Objective,
+    bags: Bags,
+    train: Cases,
+    val: Cases,
+    resume: bool,
+    reporter: Reporter,
+) -> None:
+    from sansmax.engine.bag_module import BagModule
+    from sansmax.engine.bag_recorder import BagRecorder
+
+    train_loader, val_loader = loaders(config, network, bags, train, val)
+    steps = len(train_loader)
+    module = BagModule(
+        network, config.optim, config.tokens, objective, train.targets, config.epochs, steps, config.seed
+    )
+    go_on, checkpoint = _taken_up(folder, train_loader, reporter) if resume else (True, None)
+    if not go_on:
+        return
+    stop = StopSignal()
+    with stop.listening(), reporter.bar("training") as bar:
+        recorder = BagRecorder(folder, config, stop, bar, steps, train.task, val.targets, val.outputs)
+        run_lightning(config, module, recorder, train_loader, val_loader, checkpoint)
+
+
+def _taken_up(folder: Path, loader: BagLoader, reporter: Reporter) -> tuple[bool, str | None]:
+    """Whether there is something left to train, and the checkpoint to go on from."""
+    from sansmax.engine.callbacks import CHECKPOINT, METRICS
+
+    checkpoint, steps = folder / CHECKPOINT, len(loader)
+    if not checkpoint.exists():
+        reporter.say("the run was stopped before its first checkpoint: starting from the beginning")
+        truncate_rows(folder / METRICS, step=0)
+        return True, None
+    state = recorder_state(checkpoint)
+    if state["finished"]:
+        return False, None
+    epoch, batch = state["next_batch"]
+    loader.start_at(epoch, batch)
+    reporter.say(f"going on at epoch {epoch + 1}, batch {batch + 1} of {steps}")
+    truncate_rows(folder / METRICS, step=epoch * steps)
+    return True, str(checkpoint)
+
+
+def loaders(
+    config: BagConfig, network: FeatureNetwork, bags: Bags, train: Cases, val: Cases
+) -> tuple[BagLoader, BagLoader | None]:
+    """The loaders of training and validation patients; none of validation where there are none."""
+    t, readers = config.tokens, [reader_for(network, bags, part) for part in (train, val)]
+    common: dict[str, Any] = {
+        "batch_size": config.patients(train.task),
+        "pack_tokens": t.batch_tokens,
+        "workers": config.data.workers,
+    }
+    if config.balanced and train.task != "classification":
+        raise InputError(f"balanced shows classes equally often, and the task is {train.task}; leave it out")
+    whole = t.keep == (1.0, 1.0) and t.most is None
+    first = BagLoader(
+        readers[0],
+        seed=config.seed,
+        shuffle=True,
+        keep=None if whole else Keep(*t.keep, t.most),
+        labels=train.targets if config.balanced else None,
+        **common,
+    )
+    # both kept, or neither: what one leaves of the memory is not counted
+    if readers[0].keep_in_memory():
+        readers[1].keep_in_memory()
+    return first, BagLoader(readers[1], **common) if len(val) else None
+
+
+def _finish(folder: Path, bags: Bags, val: Cases) -> BagRun:
+    """Predicts the validation patients by the best weights and marks the run as finished."""
+    run = BagRun.open(folder)
+    if len(val):
+        said = predict_bags(run.load_model(), bags, val, max_tokens=run.config.tokens.batch_tokens)
+        write_text(folder / "predictions_val.csv", predictions_csv(val, said))
+    write_json(folder / "run.json", {**run.info, "state": "finished"})
+    return BagRun.open(folder)
+
+
+def predictions_csv(cases: Cases, said: np.ndarray) -> str:
+    """A row per case: its slides, and what the network says of each class or target."""
+    names = [f"probability_{c}" if cases.task in ("classification", "multilabel") else c for c in cases.classes]
+    rows = [
+        [name, " ".join(slides), *map(repr, map(float, row))]
+        for name, slides, row in zip(cases.ids, cases.slides, said, strict=True)
+    ]
+    return as_csv([["case", "slides", *names], *rows])

@@ -1,0 +1,78 @@
+"""The page of one trained slide classifier: scores of the cases kept apart, pictures, and how to do it again."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sansmax.files import write_text
+from sansmax.report.case_metrics import PRIMARY, TITLES, CaseMetrics
+from sansmax.report.case_predictions import CasePredictions
+from sansmax.report.cross_validation import class_rows, draw, how_to_read, measured
+from sansmax.report.curves import learning_curves
+from sansmax.report.summary import RESEARCH, bullets, figure_text, interval_text, score_text, table, write_summary
+
+
+def report_cases(
+    folder: str | Path,
+    preds: CasePredictions,
+    part: str,
+    notes: Sequence[str],
+    info: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]] = (),
+) -> CaseMetrics:
+    """Measures predictions of one network, writes metrics.json, pictures and summary.md; returns the metrics.
+
+    `part` says which cases these are, "test" or "validation"; `rows` are those of metrics.csv, for the learning curves.
+    `info` holds model, command and environment.
+    """
+    import json
+
+    folder = Path(folder)
+    metrics = measured(preds)
+    write_text(folder / "metrics.json", json.dumps({part: metrics.to_dict()}, indent=2, ensure_ascii=False) + "\n")
+    figures = draw(folder, preds, metrics)
+    if rows:
+        score = f"val_{PRIMARY[preds.task][0]}"
+        learning_curves(rows, folder / "learning.png", monitor=_monitor(str(info.get("monitor", "")), score))
+        figures.append(("Learning curves", "learning.png"))
+    _write_page(folder / "summary.md", preds, metrics, part, figures, [*notes, *metrics.notes], info)
+    return metrics
+
+
+def _monitor(name: str, score: str) -> str:
+    """What the curves know of the figure that chose the epoch."""
+    if name == "val_score":
+        return score if score == "val_auc" else ""
+    return name
+
+
+def _write_page(
+    path: Path,
+    preds: CasePredictions,
+    metrics: CaseMetrics,
+    part: str,
+    figures: Sequence[tuple[str, str]],
+    notes: Sequence[str],
+    info: Mapping[str, Any],
+) -> None:
+    command = str(info.get("command") or "")
+    scores = [[TITLES[n], interval_text(v, percent=False)] for n, v in metrics.scores.items()]
+    environment = [f"{k}: {v}" for k, v in info.get("environment", {}).items()]
+    sections = [
+        ("", headline(metrics, part)),
+        ("Results", table(["", "95 % interval"], scores) + "\n\n" + how_to_read(preds, metrics)),
+        ("Each " + ("class" if preds.task == "classification" else "target"), class_rows(metrics)),
+        ("Worth knowing", bullets(notes)),
+        ("Pictures", "\n\n".join(figure_text(caption, link) for caption, link in figures)),
+        ("Do it again", (f"```sh\n{command.strip()}\n```\n\n" if command else "") + bullets(environment)),
+        ("Use", RESEARCH),
+    ]
+    write_summary(path, f"{info.get('model', 'A slide classifier')} on {', '.join(preds.target[:4])}", sections)
+
+
+def headline(metrics: CaseMetrics, part: str) -> str:
+    """The main score in one sentence."""
+    name, _ = PRIMARY[metrics.task]
+    of = f" of {metrics.patients:,} patients" if metrics.patients != metrics.cases else ""
+    kept = "which training never saw" if part == "test" else "by which the epoch was chosen: it flatters"
+    return f"**{TITLES[name]} {score_text(name, metrics.scores[name])}** on {metrics.cases:,} {part} cases{of}, {kept}."
