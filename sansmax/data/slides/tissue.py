@@ -107,8 +107,13 @@ def find_tissue(
     if threshold is not None and not 0 <= threshold <= 255:
         raise InputError(f"the threshold of saturation is a number from 0 to 255, {threshold} was given")
     downsample = working_downsample(slide, working_mpp)
-    width, height = (max(1, -int(-side // downsample)) for side in slide.size)
+    width, height = (max(1, int(side / downsample)) for side in slide.size)
     picture = read_scaled(slide, (0, 0), downsample, (width, height))
+    # cells that jut out are like their neighbours: the white outside must not move the threshold
+    spare = [
+        (0, -int(-side // downsample) - here) for side, here in zip(slide.size[::-1], (height, width), strict=True)
+    ]
+    picture = np.pad(picture, [*spare, (0, 0)], mode="edge")
     mask = tissue_mask(picture, threshold, reject_ink)
     cell = (downsample * slide.mpp if slide.mpp is not None else working_mpp) ** 2
     return Tissue(_clean(mask, min_area_um2 / cell, max_hole_um2 / cell), downsample)
@@ -137,7 +142,10 @@ def tissue_mask(picture: np.ndarray, threshold: int | None = None, reject_ink: b
 
 def saturation_threshold(saturation: np.ndarray) -> int:
     """The saturation (0 to 255) above which there is tissue, by Otsu; a blank picture's noise stays below it."""
-    counts = np.bincount(saturation.reshape(-1), minlength=256).astype(np.float64)
+    flat = np.ascontiguousarray(saturation).reshape(1, -1)
+    if flat.size == 0:
+        return _SURE
+    counts = need("cv2", "slides").calcHist([flat], [0], None, [256], [0, 256]).reshape(-1).astype(np.float64)
     values = np.arange(256)
     below, above = np.cumsum(counts), counts.sum() - np.cumsum(counts)
     sums = np.cumsum(counts * values)
