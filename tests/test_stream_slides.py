@@ -107,7 +107,7 @@ def test_the_share_of_tissue_that_a_patch_needs_is_the_one_asked_for(pixels):
 
 
 def test_a_slide_without_resolution_is_an_error_that_names_the_flag(pixels):
-    with pytest.raises(InputError, match="--mpp"):
+    with pytest.raises(InputError, match="--slide-mpp"):
         stream(network(), open_slide(pixels), mpp=1.0, tissue=False)
 
 

@@ -2,7 +2,8 @@
 
 `read_image` gives (H, W) grey or (H, W, 3) colour, uint8 or uint16, upright, transparent parts over white.
 Pillow reads the usual formats; imagecodecs reads 16 bit PNG, of which Pillow keeps only 8 bits in colour; tifffile
-reads TIFF. No global switch of Pillow is touched: its plugins are opened directly, past the limit on picture size.
+reads TIFF; pydicom and nibabel read DICOM and NIfTI as a reader is meant to see them. No global switch of Pillow is
+touched: its plugins are opened directly, past the limit on picture size.
 """
 
 import io
@@ -19,6 +20,7 @@ from sansmax.errors import InputError
 
 IMAGE_SUFFIXES = frozenset(
     {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".gif", ".jp2", ".pgm", ".ppm", ".pbm", ".pnm"}
+    | {".dcm", ".nii"}
 )
 _TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 # Those of Pillow's formats that begin with a mark of their own and hold one picture of pixels
@@ -34,14 +36,20 @@ def read_image(path: str | Path) -> np.ndarray:
     """The pixels of one image file: (H, W) or (H, W, 3), uint8 or uint16.
 
     Values are those of the file: 16 bit stay 16 bit, 1 bit becomes 0 and 255, a palette becomes its colours. The
-    orientation that a camera noted is applied; TIFF with white as zero is inverted. A file that cannot be read,
-    or holds several pages or frames, is an `InputError`.
+    orientation that a camera noted is applied; TIFF with white as zero is inverted. DICOM is rescaled, windowed and
+    inverted where it says so; of NIfTI, 0 and 65535 are the 0.5th and the 99.5th percentile. A file that cannot be
+    read, or holds several pages, frames or slices, is an `InputError`.
     """
     path = Path(path)
     data = _bytes_of(path)
     try:
+        # the 128 bytes before the mark of DICOM may be the beginning of a TIFF
+        if is_dicom(data):
+            return _read_dicom(path)
         if data.startswith(_TIFF_STARTS):
             return _read_tiff(path)
+        if is_nifti(data, path):
+            return _read_nifti(path)
         if data.startswith(b"\x89PNG\r\n\x1a\n") and len(data) > 25 and data[24] == 16:
             return _read_png16(data)
         return _read_pillow(data)
@@ -90,6 +98,36 @@ def check_pixels(pixels: np.ndarray) -> None:
         raise InputError(f"pixels must be (H, W) or (H, W, 3), these are {pixels.shape}")
 
 
+def is_dicom(start: bytes) -> bool:
+    """Whether a file that starts with these bytes (132 at least) is DICOM."""
+    return start[128:132] == b"DICM"
+
+
+def is_nifti(start: bytes, path: Path) -> bool:
+    """Whether a file that starts with these bytes (348 at least) is NIfTI; packed ones are known by their name."""
+    packed = start.startswith(b"\x1f\x8b") and path.name.lower().endswith(".nii.gz")
+    return packed or start[344:347] in (b"n+1", b"ni1") or start[4:7] == b"n+2"
+
+
+def _read_dicom(path: Path) -> np.ndarray:
+    from sansmax.data.slides.dicom_pixels import frame_pixels
+    from sansmax.data.slides.dicom_reader import frames, read_header
+
+    dataset = read_header(path)
+    if frames(dataset) > 1:
+        raise InputError(f"it holds {frames(dataset)} frames, one is allowed; save the frame you need as its own file")
+    return frame_pixels(dataset, path, 0)
+
+
+def _read_nifti(path: Path) -> np.ndarray:
+    from sansmax.data.slides.nifti_reader import load_volume, slice_pixels, slices
+
+    volume = load_volume(path)
+    if slices(volume) > 1:
+        raise InputError(f"it holds {slices(volume)} slices, one is allowed; save the slice you need as its own file")
+    return slice_pixels(volume, path, 0)
+
+
 def _bytes_of(path: Path) -> bytes:
     if path.is_dir():
         raise InputError(f"cannot read {path}: it is a folder; give an image file")
@@ -112,7 +150,7 @@ def _read_png16(data: bytes) -> np.ndarray:
 
 
 def _png_orientation(data: bytes) -> int:
-    with _open_pillow(data) as image:
+    with open_pillow(data) as image:
         return int(image.getexif().get(_ORIENTATION, 1))
 
 
@@ -120,7 +158,7 @@ def _read_pillow(data: bytes) -> np.ndarray:
     from PIL import Image
 
     try:
-        image = _open_pillow(data)
+        image = open_pillow(data)
     except Image.DecompressionBombError:
         return _read_huge_webp(data)
     with image:
@@ -132,7 +170,7 @@ def _read_pillow(data: bytes) -> np.ndarray:
         return _upright(_pillow_pixels(image), orientation)
 
 
-def _open_pillow(data: bytes) -> Any:
+def open_pillow(data: bytes) -> Any:
     """What `PIL.Image.open` gives, without its limit on the number of pixels."""
     from PIL import Image
 
@@ -213,12 +251,12 @@ def _read_tiff(path: Path) -> np.ndarray:
         pixels = page.asarray()
         if page.planarconfig == 2 and pixels.ndim == 3:
             pixels = np.moveaxis(pixels, 0, -1)
-        pixels = _tiff_colours(page, pixels)
+        pixels = tiff_colours(page, pixels)
         orientation = page.tags.valueof(_ORIENTATION, 1)
     return _upright(pixels, int(orientation))
 
 
-def _tiff_colours(page: Any, pixels: np.ndarray) -> np.ndarray:
+def tiff_colours(page: Any, pixels: np.ndarray) -> np.ndarray:
     """Full-range grey or colour from the samples of one TIFF page."""
     from tifffile import PHOTOMETRIC as P
 

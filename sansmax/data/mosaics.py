@@ -8,6 +8,7 @@ must see small detail and the whole picture at once; `reduce` shows what is lost
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 
@@ -134,7 +135,8 @@ class _Pool:
 def _pools(seed: int) -> dict[str, _Pool]:
     from sklearn.datasets import load_digits
 
-    images, labels = load_digits(return_X_y=True)
+    digits: Any = load_digits(return_X_y=True)
+    images, labels = digits
     images = np.rint(images.reshape(-1, CELL, CELL) * (255 / 16)).astype(np.uint8)
     names = [f"{i:04}" for i in range(len(labels))]
     parts = draw_parts(names, labels, val_fraction=0.2, test_fraction=0.2, seed=seed)

@@ -28,7 +28,7 @@ BLOCK = 64
 
 
 class Block(NamedTuple):
-    """Patches [row, row + rows) x [column, column + columns), of which those with tissue are tokens start ... stop - 1."""
+    """Patches [row, row + rows) x [column, column + columns); those with tissue are tokens start ... stop - 1."""
 
     row: int
     column: int
@@ -42,11 +42,11 @@ class SlideTokens:
     """The tokens of a slide.
 
     `mpp` is the resolution of the pixels that the network sees, in micrometres; None is level 0 as it is. `min_tissue`
-    is the share of a patch that has to be tissue; without `tissue` every patch is a token. `mean` and `std` are in units
-    of [0, 1].
+    is the share of a patch that has to be tissue; without `tissue` every patch is a token. `mean` and `std` are in
+    units of [0, 1].
 
-    Raises InputError for a slide without resolution where `mpp` asks for one (naming --mpp), and where no patch has
-    tissue.
+    Raises InputError for a slide without resolution where `mpp` asks for one (naming --slide-mpp), and where no patch
+    has tissue.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class SlideTokens:
         if ph != pw:
             raise InputError(f"patches of slides are squares, the network's are {ph} x {pw}")
         self.slide, self.patch, self.in_chans = slide, int(ph), in_chans
-        self.downsample = 1.0 if mpp is None else mpp / required_mpp(slide)
+        self.downsample = 1.0 if mpp is None else mpp / required_mpp(slide, "--slide-mpp")
         self.side = self.patch * self.downsample
         width, height = slide.size
         self.grid = (max(1, round(height / self.side)), max(1, round(width / self.side)))
@@ -77,8 +77,8 @@ class SlideTokens:
         if not flat.any():
             raise InputError(
                 f"{slide.name} has no tissue: none of its {rows * columns:,} patches of {self.side:.0f} px is covered "
-                f"by {100 * min_tissue:.0f} % or more, so there is nothing to classify. Give an edited outline, a lower "
-                "share, or read every patch (tissue=False)"
+                f"by {100 * min_tissue:.0f} % or more, so there is nothing to classify. Give an edited outline, a "
+                "lower share, or read every patch (tissue=False, --all-patches)"
             )
         self._present = flat
         self.blocks = _blocks(flat, block)
@@ -121,14 +121,10 @@ def _tissue_patches(grid: tuple[int, int], side: float, tissue: Tissue | None, m
     if tissue is None:
         return np.ones(grid, bool)
     rows, columns = grid
-    present = np.empty(grid, bool)
-    # a band of rows at a time: coordinates of all patches of a large slide would be gigabytes
-    step = max(1, 2**20 // columns)
-    for first in range(0, rows, step):
-        y, x = np.mgrid[first : min(first + step, rows), :columns]
-        xy = np.stack([x.ravel(), y.ravel()], 1) * side
-        present[first : first + len(y)] = (tissue.covered(xy, side) >= min_tissue).reshape(y.shape)
-    return present
+    xs, ys = np.arange(columns) * side, np.arange(rows) * side
+    # a band at a time: shares of all patches of a large slide would be gigabytes
+    bands = np.array_split(ys, -(-rows * columns // 2**20))
+    return np.concatenate([tissue.covered_grid(xs, some, side) >= min_tissue for some in bands])
 
 
 def _blocks(present: np.ndarray, size: int) -> list[Block]:

@@ -4,6 +4,7 @@ A tiled slide (VL Whole Slide Microscopy) is OpenSlide's where that is installed
 here is the way without: one file is one level, its frames are its tiles, decoded when a window touches them.
 """
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,10 @@ def read_header(path: Path) -> Any:
     """The data set without its pixels; a `SlideError` where it is no DICOM image."""
     pydicom = need("pydicom", "slides")
     try:
-        dataset = pydicom.dcmread(path, defer_size="1 KB")
+        with warnings.catch_warnings():
+            # what matters of them is an error below
+            warnings.simplefilter("ignore")
+            dataset = pydicom.dcmread(path, defer_size="1 KB")
     except (pydicom.errors.InvalidDicomError, *DAMAGE) as e:
         raise SlideError(f"cannot read {path}: it is no DICOM file, or damaged ({e}); export it again") from e
     for tag in ("Rows", "Columns", "PhotometricInterpretation", "BitsStored"):

@@ -70,7 +70,7 @@ def load_volume(path: Path) -> Any:
         return nibabel.as_closest_canonical(volume) if len(volume.shape) > 2 else volume
     except SlideError:
         raise
-    except (nibabel.filebasedimages.ImageFileError, *_DAMAGE) as e:
+    except (nibabel.filebasedimages.ImageFileError, nibabel.spatialimages.HeaderDataError, *_DAMAGE) as e:
         raise SlideError(f"cannot read {path}: it is no NIfTI file, or damaged ({e}); replace it") from e
 
 

@@ -33,14 +33,16 @@ def open_slide(path: str | Path | np.ndarray, *, mpp: float | None = None, frame
     files that are missing, damaged, or of no known kind.
     """
     if mpp is not None and not 0 < mpp < float("inf"):
-        raise InputError(f"micrometres per pixel must be a positive number, --mpp {mpp} was given")
+        raise InputError(f"micrometres per pixel must be a positive number, {mpp} was given")
     if isinstance(path, np.ndarray):
         return ArraySlide(path, mpp=mpp)
     path = Path(path)
     slide = _open_file(path, _first_bytes(path), frame)
     if mpp is not None:
         if slide.mpp is not None and abs(slide.mpp / mpp - 1) > 0.1:
-            warnings.warn(f"{path} says {slide.mpp:g} micrometres per pixel, --mpp {mpp:g} goes before", stacklevel=2)
+            warnings.warn(
+                f"{path} says {slide.mpp:g} micrometres per pixel, the {mpp:g} that was given goes before", stacklevel=2
+            )
         slide.mpp = mpp
     return slide
 
@@ -134,7 +136,11 @@ def _open_file(path: Path, start: bytes, frame: int | None) -> LevelSlide:
 def _open_tiff(path: Path, name: str, known: str | None, frame: int | None) -> LevelSlide:
     if known is None:
         return TiffSlide(path, name, frame=frame)
-    slide = OpenSlideSlide(path, name)
+    try:
+        slide = OpenSlideSlide(path, name)
+    except SlideError:
+        # OpenSlide refuses a file whose coarsest level is cut short; the finer ones may still be whole
+        return TiffSlide(path, name, frame=frame)
     try:
         _check_tiff(path, slide.size)
     except BaseException:

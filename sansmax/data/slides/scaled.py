@@ -21,12 +21,12 @@ _SNAP = 0.5
 _BLOCK = 4096
 
 
-def required_mpp(slide: Slide) -> float:
-    """Micrometres per level-0 pixel; an `InputError` that names `--mpp` where the slide does not say."""
+def required_mpp(slide: Slide, flag: str = "--mpp") -> float:
+    """Micrometres per level-0 pixel; an `InputError` that names the flag to give where the slide does not say."""
     if slide.mpp is None:
         raise InputError(
             f"{slide.path or slide.name} does not say how many micrometres a pixel is wide; "
-            "pass --mpp with the value of the scanner (about 0.25 at 40x, 0.5 at 20x)"
+            f"pass {flag} with the value of the scanner (about 0.25 at 40x, 0.5 at 20x)"
         )
     return slide.mpp
 
@@ -118,16 +118,15 @@ def _means(pixels: np.ndarray, edges: np.ndarray, axis: int) -> np.ndarray:
 
 
 def _fractional_means(pixels: np.ndarray, edges: np.ndarray, axis: int) -> np.ndarray:
-    # between two edges: all pixels from the one that the first cuts, without its part, with that of the last
-    at = np.minimum(np.floor(edges).astype(np.int64), pixels.shape[axis] - 1)
+    low, high = edges[:-1], edges[1:]
+    first = np.floor(low).astype(np.int64)
     along = [1] * pixels.ndim
     along[axis] = -1
-    part = np.take(pixels, at, axis) * (edges - at).astype(np.float32).reshape(along)
-    wide = np.uint32 if pixels.dtype == np.uint8 else np.float32
-    sums = np.add.reduceat(pixels, at, axis, dtype=wide).astype(np.float32)
-    sums = sums[(slice(None),) * axis + (slice(0, -1),)]
-    # an empty stretch is its first pixel to reduceat
-    sums *= (np.diff(at) > 0).astype(np.float32).reshape(along)
-    sums += np.diff(part, axis=axis)
-    sums /= np.diff(edges).astype(np.float32).reshape(along)
-    return sums
+    total = np.zeros(pixels.shape[:axis] + (len(low),) + pixels.shape[axis + 1 :], np.float32)
+    # the k-th pixel under every output at once, by its part: as many passes as pixels lie under one
+    for k in range(int(np.ceil(high - first).max())):
+        at = first + k
+        weight = (np.minimum(high, at + 1) - np.maximum(low, at)).clip(0) / (high - low)
+        under = np.take(pixels, np.minimum(at, pixels.shape[axis] - 1), axis)
+        total += under * weight.astype(np.float32).reshape(along)
+    return total

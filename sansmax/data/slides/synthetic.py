@@ -161,10 +161,10 @@ def _write(
 
     def counted(tiles: Iterator[bytes]) -> Iterator[bytes]:
         for data in tiles:
-            yield data
             number = next(done)
             if progress is not None and (number % 256 == 0 or number == total):
                 progress(number, total)
+            yield data
 
     options: dict[str, Any] = {"photometric": "ycbcr", "compression": "jpeg", "subsampling": (2, 2), "dtype": np.uint8}
     with tifffile.TiffWriter(path, bigtiff=True) as tiff:

@@ -67,17 +67,14 @@ class TiffSlide(TiledSlide):
             # a tile of no bytes is how sparse files leave out the background
             return np.full((high, wide, 3), 255, np.uint8)
         pixels = np.concatenate([part for part in parts if part is not None], -1)
-        try:
-            return rgb8(tiff_colours(page, pixels[..., 0] if pixels.shape[-1] == 1 else pixels))
-        except InputError as e:
-            raise SlideError(f"cannot read {self.path}: {e}") from e
+        return self._colours(page, pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
 
     def window(self, level: int, x: int, y: int, width: int, height: int) -> np.ndarray:
         """(height, width, 3) uint8 RGB of a window inside the level."""
         mapped = self._mapped[level]
         if mapped is None:
             return super().window(level, x, y, width, height)
-        return rgb8(tiff_colours(self._pages[level], np.asarray(mapped[y : y + height, x : x + width])))
+        return self._colours(self._pages[level], np.asarray(mapped[y : y + height, x : x + width]))
 
     def close(self) -> None:
         """Closes the file; reading afterwards is an error."""
@@ -85,6 +82,12 @@ class TiffSlide(TiledSlide):
         self._mapped = [None] * len(self._mapped)
         self.cache.clear()
         self._tiff.close()
+
+    def _colours(self, page: Any, pixels: np.ndarray) -> np.ndarray:
+        try:
+            return rgb8(tiff_colours(page, pixels))
+        except InputError as e:
+            raise SlideError(f"cannot read {self.path}: {e}") from e
 
     def _segment(self, level: int, index: int) -> np.ndarray | None:
         """(h, w, samples) of one tile or strip as decoded; None where it has no bytes."""
@@ -182,14 +185,15 @@ def _smaller(tiff: Any, full: Any) -> list[Any]:
 
 
 def _check_page(page: Any, path: Path) -> None:
-    if page.imagedepth != 1 or page.samplesperpixel > 4 or page.dtype is None:
+    readable = page.dtype is not None and page.dtype.kind in "ub" and page.dtype.itemsize <= 2
+    if page.imagedepth != 1 or page.samplesperpixel > 4 or not readable:
         raise SlideError(
             f"cannot read {path}: its pixels are {page.shape} of {page.dtype}, allowed are grey and colour, "
             "8 or 16 bit; export one plane"
         )
     if int(page.tags.valueof("Orientation", 1)) != 1:
         raise SlideError(f"cannot read {path}: it is stored turned or mirrored; export it upright")
-    segment = int(np.prod(page.chunks)) * page.dtype.itemsize
+    segment = int(np.prod(page.chunks)) * page.bitspersample // 8
     if segment > _LARGEST_SEGMENT and not page.is_memmappable:
         raise SlideError(
             f"cannot read {path}: it is stored in one piece of {segment / 2**30:.1f} GiB, which has to be decoded "

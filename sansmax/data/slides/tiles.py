@@ -11,6 +11,7 @@ from sansmax.errors import InputError
 
 # Corners whose share of tissue is computed at a time
 _BAND = 4_000_000
+_ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,8 @@ def _corners(xs: np.ndarray, ys: np.ndarray, side: int, tissue: Tissue | None, l
             kept = np.ones((len(band), len(xs)), bool)
         else:
             share = tissue.covered_grid(xs, band, side)
-            # sums of fractions: a tile of exactly the least share must not fail by rounding; none is never tissue
-            kept = (share >= least - 1e-9) & (share > 0)
+            # sums of fractions: rounding must not cost a tile of exactly the least share, nor make tissue of nothing
+            kept = (share >= least - _ROUNDING) & (share > _ROUNDING)
         down, across = np.nonzero(kept)
         parts.append(np.stack([xs[across], band[down]], -1))
     return np.concatenate(parts)
