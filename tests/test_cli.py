@@ -320,7 +320,8 @@ VERBS = dict(get_command(app).commands)
 
 
 def test_the_verbs_are_those_promised():
-    assert set(VERBS) == {"train", "evaluate", "predict", "heatmap", "benchmark", "models", "doctor", "demo"}
+    pictures = {"train", "evaluate", "predict", "heatmap", "benchmark", "models", "doctor", "demo"}
+    assert set(VERBS) == pictures | {"tokenize", "bags", "convert-bags"}
     said = sansmax("--help")
     assert said.status == 0
     assert all(re.search(rf"^  {name} ", said.out, re.M) for name in VERBS)

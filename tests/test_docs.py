@@ -13,6 +13,7 @@ import pytest
 import typer.main
 
 from sansmax.cli import app
+from sansmax.engine.bag_config import load_bag_config
 from sansmax.engine.config import load_config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -137,7 +138,8 @@ def test_commands_are_understood(parts):
     given = check_command(parts)
     if config := given.get("config"):
         assert config.parts[0] == "runs" or (ROOT / config).is_file(), f"there is no {config}"
-    load_config(None, given.get("set_"))
+    load = load_bag_config if given.get("bags") else load_config
+    load(None, given.get("set_"))
 
 
 @pytest.mark.parametrize("line", ["train photos --no-such-option", "nonsense", "predict"])
