@@ -29,6 +29,15 @@ from sansmax.cli.options import (
     size_or_native,
     slide_options,
 )
+from sansmax.cli.training_bags import (
+    BagsOption,
+    FoldsOption,
+    TaskOption,
+    evaluate_on_bags,
+    is_of_bags,
+    predict_on_bags,
+    train_on_bags,
+)
 from sansmax.errors import InputError
 
 
@@ -49,17 +58,46 @@ def train(
     config: Annotated[Path | None, typer.Option("--config", "-c", help="Configuration as YAML.")] = None,
     set_: SetOption = None,
     skip_bad: SkipOption = False,
+    bags: BagsOption = None,
+    task: TaskOption = None,
+    folds: FoldsOption = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --output.")] = False,
     overwrite: OverwriteOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Train a network on labelled images; evaluate it; write a run folder with a report."""
+    """Train a network on labelled images, or on bags of features; evaluate it; write a run folder with a report."""
     from sansmax.engine.config import load_config
     from sansmax.engine.progress import Reporter
     from sansmax.engine.train import train as train_run
 
     if output is None:
         raise InputError("give the folder of the run: --output RUN")
+    if is_of_bags(bags, output):
+        train_on_bags(
+            output,
+            {
+                "data.labels": data,
+                "data.bags": None if bags is None else str(bags),
+                "data.task": task,
+                "data.folds": folds,
+                "data.label": label_column,
+                "data.case_column": group_column,
+                "data.allow_missing": skip_bad or None,
+                "model.name": model,
+                "epochs": epochs,
+                "batch_size": batch_size,
+                "seed": seed,
+            },
+            {"--image-size": image_size, "--path-column": path_column, "--split-column": split_column, "--root": root},
+            config=config,
+            set_=set_,
+            resume=resume,
+            overwrite=overwrite,
+            quiet=quiet,
+        )
+        return
+    if task is not None or folds is not None:
+        raise InputError("--task and --folds are for bags of features; give their folder with --bags")
     given: dict[str, Any] = {
         "data.source": data,
         "model.name": model,
@@ -101,9 +139,14 @@ def evaluate(
     group_column: GroupColumn = None,
     root: RootOption = None,
     skip_bad: SkipOption = False,
+    bags: BagsOption = None,
     quiet: QuietOption = False,
 ) -> None:
-    """Measure a run on labelled images, with intervals."""
+    """Measure a run on labelled images, or on bags of features, with intervals."""
+    if bags is not None:
+        columns = {"label": label_column, "case_column": group_column, "allow_missing": skip_bad}
+        evaluate_on_bags(run, data, bags, output=output, quiet=quiet, **columns)
+        return
     from sansmax.engine.evaluate import evaluate as evaluate_run
     from sansmax.engine.progress import Reporter
 
@@ -139,6 +182,9 @@ def predict(
     from sansmax.engine.progress import Reporter
 
     run, paths = run_first(run, paths)
+    if is_of_bags(None, run):
+        predict_on_bags(run, paths, output=output, skip_bad=skip_bad, as_json=as_json, quiet=quiet)
+        return
     size = size_or_native(image_size)
     slide = slide_options(mpp, slide_mpp, all_patches, store)
     how = {"output": output, "skip_bad": skip_bad, "reporter": Reporter(quiet=quiet)}
@@ -149,18 +195,53 @@ def predict(
 @app.command()
 def heatmap(
     run: RunArgument,
-    paths: Annotated[list[Path], typer.Argument(help="Pictures.")],
+    paths: Annotated[
+        list[Path] | None, typer.Argument(help="Pictures, slides, bags of features; or slide ids with --bags.")
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder for the heat maps [RUN/heatmaps].")
     ] = None,
     class_: Annotated[str | None, typer.Option("--class", help="Class to explain [the predicted one].")] = None,
+    formats: Annotated[
+        str | None,
+        typer.Option("--format", help="Files to write, with commas: png, h5, tiff, geojson [of slides: png,h5]."),
+    ] = None,
+    bags: Annotated[Path | None, typer.Option("--bags", help="Folder of bags, for a run on bags.")] = None,
+    slide: Annotated[
+        Path | None, typer.Option("--slide", help="Of bags: their slide, or the folder of their slides, to draw on.")
+    ] = None,
+    thumbnail: Annotated[
+        Path | None, typer.Option("--thumbnail", help="Of one bag: a picture of its whole slide, to draw on.")
+    ] = None,
+    downsample: Annotated[
+        float | None, typer.Option(help="Of the TIFF: level-0 pixels per pixel [tokens of whole pixels].")
+    ] = None,
+    transparent: Annotated[bool, typer.Option("--transparent", help="Of the TIFF: no background.")] = False,
+    faithfulness: Annotated[
+        bool, typer.Option("--faithfulness", help="Of bags: add a page that removes tokens for real.")
+    ] = False,
     image_size: SizeOption = None,
+    mpp: MppOption = None,
+    slide_mpp: SlideMppOption = None,
+    all_patches: AllPatchesOption = False,
+    store: StoreOption = "memory",
     quiet: QuietOption = False,
 ) -> None:
-    """Draw which parts of a picture speak for a class and against it; also as an array (.npz)."""
-    from sansmax.engine.heatmaps import heatmaps
+    """Draw which parts of a picture, slide or bag speak for a class and against it; also as an array."""
     from sansmax.engine.progress import Reporter
+    from sansmax.engine.run_heatmaps import Wanted, run_heatmaps
 
-    size = size_or_native(image_size)
-    for path in heatmaps(run, paths, output=output, class_name=class_, image_size=size, reporter=Reporter(quiet=quiet)):
+    wanted = Wanted(
+        formats=None if formats is None else tuple(formats.replace(" ", "").split(",")),
+        class_name=class_,
+        image_size=size_or_native(image_size),
+        bags=bags,
+        slide=slide,
+        thumbnail=thumbnail,
+        downsample=downsample,
+        transparent=transparent,
+        faithfulness=faithfulness,
+        options=slide_options(mpp, slide_mpp, all_patches, store),
+    )
+    for path in run_heatmaps(run, paths or [], wanted, output=output, reporter=Reporter(quiet=quiet)):
         say(str(path), False)

@@ -12,14 +12,54 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sansmax.errors import InputError
+from sansmax.errors import InputError, unknown_name
 from sansmax.models.vit import VisionTransformer
+
+# what a network of bags is asked, by its task: the quantity that a score is a change of
+QUANTITY = {"classification": "log-odds", "multilabel": "log-odds", "regression": "value", "survival": "risk"}
 
 
 def log_odds(logits: Float[Tensor, "b k"], class_index: int) -> Float[Tensor, "b"]:
     """log(p / (1 - p)) of one class: its logit less the log-sum-exp of the others."""
     others = torch.cat((logits[:, :class_index], logits[:, class_index + 1 :]), dim=1)
     return logits[:, class_index] - others.logsumexp(1)
+
+
+def answer_of(logits: Float[Tensor, "b k"], index: int, task: str = "classification") -> Float[Tensor, "b"]:
+    """The number that scores explain: log-odds of a class, the log-odds of a label, a value, or the log-risk.
+
+    The outputs of "multilabel" are the log-odds of labels already; those of "regression" are values; "survival" has one
+    output. Raises InputError for another task, and for an `index` that is none of the outputs.
+    """
+    if task not in QUANTITY:
+        raise unknown_name("task", task, QUANTITY)
+    if task == "classification":
+        check_class(index, logits.shape[1])
+        return log_odds(logits, index)
+    if not 0 <= index < logits.shape[1]:
+        raise InputError(f"output {index} does not exist: the network has {logits.shape[1]}, counted from 0")
+    return logits[:, index]
+
+
+def bag_scores(
+    network: nn.Module,
+    features: Float[Tensor, "n d"],
+    coords: Float[Tensor, "n 2"] | None,
+    index: int,
+    task: str = "classification",
+) -> Float[Tensor, "n"]:
+    """The gradient of a bag's answer by the weight of each of its tokens: the effect of removing it, to first order.
+
+    `coords` are the tokens' corners in tile sides, `index` the class or output that is explained, `task` says what its
+    answer is (`answer_of`). Evaluation mode is the caller's to set. Raises InputError for an empty bag.
+    """
+    if not len(features):
+        raise InputError("an empty bag has no tokens to explain; leave it out")
+    weight = features.new_ones(1, len(features), requires_grad=True)
+    with torch.enable_grad():
+        logits = network(features[None], None if coords is None else coords[None], mask=weight)
+        (scores,) = torch.autograd.grad(answer_of(logits, index, task).sum(), weight)
+    return scores[0].detach()
 
 
 def token_scores(
