@@ -7,7 +7,7 @@ import pytest
 import torch
 from bags import WIDTH, MemoryBags, bag, toy
 
-from sansmax.data.bag_loading import BagLoader, Keep, PatientBags, empty_cases, packs_of
+from sansmax.data.bag_loading import BagLoader, Keep, PatientBags, Tokens, empty_cases, mixed, packs_of
 from sansmax.errors import InputError
 
 
@@ -159,3 +159,42 @@ def test_bags_are_read_once_where_they_fit_into_memory():
     assert reader.keep_in_memory()
     list(steps), list(steps)
     assert len(reads) == 3 * len(bags.ids)
+
+
+def test_a_mixed_bag_has_tokens_of_both_in_the_share_that_it_says():
+    own, other = (Tokens(np.full((40, 3), v, np.float32), np.full((40, 2), v, np.float32)) for v in (1, 2))
+    shares = []
+    for seed in range(200):
+        tokens, share = mixed(own, other, np.random.default_rng(seed))
+        assert len(tokens.features) == 40
+        assert (tokens.features[:, 0] == 1).mean() == pytest.approx(share)
+        np.testing.assert_array_equal(tokens.features[:, :2], tokens.coords)
+        shares.append(share)
+    assert np.histogram(shares, 4, (0, 1))[0].min() > 30
+
+
+def test_a_smaller_partner_gives_what_it_has_and_no_token_is_there_twice():
+    own, other = (Tokens(v + np.arange(n, dtype=np.float32)[:, None], None) for v, n in ((0, 50), (100, 5)))
+    for seed in range(30):
+        tokens, share = mixed(own, other, np.random.default_rng(seed))
+        values = tokens.features[:, 0]
+        assert len(set(values.tolist())) == len(values)
+        assert (values < 100).mean() == pytest.approx(share)
+
+
+def test_mixing_depends_on_seed_and_epoch_alone_and_leaves_the_subsets_as_they_are():
+    bags, cases = toy(n=60)
+    reader = PatientBags(bags, cases.slides)
+    how = {"batch_size": 6, "pack_tokens": 10**6, "seed": 5, "shuffle": True, "keep": Keep(0.3, 0.9)}
+    plain, *twice = (list(BagLoader(reader, **how, mix=m, workers=w)) for m, w in ((0.0, 1), (0.5, 1), (0.5, 3)))
+    assert all(p.shares is None for (p,) in plain)
+    mixed_bags = 0
+    for (a,), (b,), (c,) in zip(*twice, plain, strict=True):
+        assert torch.equal(a.features, b.features) and torch.equal(a.shares, b.shares)
+        assert torch.equal(a.partners, b.partners) and torch.equal(a.indices, c.indices)
+        own = a.partners == a.indices
+        assert (a.shares[own] == 1).all()
+        mixed_bags += int((~own).sum())
+        for x, y, alone in zip(a.features[0].split(a.lengths), c.features[0].split(c.lengths), own, strict=True):
+            assert not alone or torch.equal(x, y)
+    assert 0.2 < mixed_bags / len(cases.ids) < 0.8

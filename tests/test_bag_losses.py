@@ -6,6 +6,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from bags import TASKS, config, toy
 
 from sansmax.data.bag_loading import BagLoader, PatientBags
@@ -150,3 +151,28 @@ def test_targets_of_which_nothing_can_be_learned_are_refused():
             Objective.of(task, y, 2, False, 0.0, "efron")
     with pytest.raises(InputError, match="class_weights weights classes, and the task is regression"):
         Objective.of("regression", np.ones((2, 1)), 1, True, 0.0, "efron")
+
+
+@pytest.mark.parametrize("task", ["classification", "multilabel", "regression"])
+def test_the_loss_of_a_mixed_bag_is_that_of_mixed_targets(task):
+    outputs = torch.randn(6, 3, dtype=torch.float64)
+    shares = torch.rand(6, dtype=torch.float64)
+    if task == "classification":
+        a, b = torch.tensor([0, 1, 2, 0, 1, 2]), torch.tensor([1, 2, 0, 0, 0, 1])
+        o = Objective.of(task, a.numpy(), 3, False, 0.0, "efron")
+        soft = shares[:, None] * F.one_hot(a, 3) + (1 - shares[:, None]) * F.one_hot(b, 3)
+        expected = F.cross_entropy(outputs, soft, reduction="sum")
+    else:
+        a, b = (torch.randint(2, (6, 3)).double().index_fill(0, torch.tensor(0), v) for v in (0, 1))
+        a[1], a[2] = 1, 0
+        o = Objective.of(task, a.numpy(), 3, False, 0.0, "efron")
+        mix = shares[:, None] * a + (1 - shares[:, None]) * b
+        if task == "multilabel":
+            expected = F.binary_cross_entropy_with_logits(outputs, mix, reduction="sum")
+        else:
+            # up to what does not depend on the outputs: the spread of the two targets
+            spread = (shares * (1 - shares))[:, None] * ((a - b) / o.scale).square()
+            expected = ((outputs - (mix - o.mean) / o.scale).square() + spread).sum()
+    found = o.total(outputs, a, shares) + o.total(outputs, b, 1 - shares)
+    torch.testing.assert_close(found.double(), expected.double(), rtol=1e-6, atol=1e-6)
+    assert float(o.weight(a, shares) + o.weight(b, 1 - shares)) == pytest.approx(float(o.weight(a)))

@@ -42,12 +42,17 @@ class Tokens(NamedTuple):
 
 
 class Pack(NamedTuple):
-    """Bags side by side: `lengths` tokens of each, `indices` (k,) says whose they are."""
+    """Bags side by side: `lengths` tokens of each, `indices` (k,) says whose they are.
+
+    Where bags are mixed, the share `shares` (k,) of a bag's tokens is of that patient and the rest of `partners` (k,).
+    """
 
     features: Float[Tensor, "1 t d"]
     coords: Float[Tensor, "1 t 2"] | None
     lengths: tuple[int, ...]
     indices: Int64[Tensor, "k"]
+    partners: Int64[Tensor, "k"] | None = None
+    shares: Float[Tensor, "k"] | None = None
 
 
 class Keep(NamedTuple):
@@ -62,6 +67,25 @@ class Keep(NamedTuple):
         count = max(1, round(n * rng.uniform(self.low, self.high)))
         count = count if self.most is None else min(count, self.most)
         return None if count >= n else np.sort(rng.choice(n, count, replace=False))
+
+
+def mixed(own: Tokens, other: Tokens, rng: np.random.Generator) -> tuple[Tokens, float]:
+    """As many tokens as `own` has, a random share of them replaced by tokens of `other`; and the share that is its own.
+
+    The share is drawn evenly between 0 and 1. With targets mixed alike, the answer has to grow with the share of tokens
+    that speak for it, which a network of normalised attention does not learn from whole bags alone.
+    """
+    n = len(own.features)
+    kept = round(n * rng.uniform())
+    taken = min(n - kept, len(other.features))
+    parts = [(own, _some(n, kept, rng)), (other, _some(len(other.features), taken, rng))]
+    features = np.concatenate([t.features[i] for t, i in parts])
+    coords = [t.coords[i] for t, i in parts if t.coords is not None]
+    return Tokens(features, np.concatenate(coords) if len(coords) == 2 else None), kept / len(features)
+
+
+def _some(n: int, count: int, rng: np.random.Generator) -> np.ndarray:
+    return np.sort(rng.choice(n, count, replace=False))
 
 
 class PatientBags:
@@ -167,8 +191,9 @@ def pack(tokens: Sequence[Tokens], indices: Sequence[int]) -> Pack:
 class BagLoader:
     """Steps of training or validation: lists of packs, read ahead by `workers` threads while the last step computes.
 
-    An epoch has `ceil(n / batch_size)` steps of nearly as many patients each. `set_epoch` and `start_at` are those of
-    `EpochSampler`. Bags have to have tokens.
+    An epoch has `ceil(n / batch_size)` steps of nearly as many patients each. `mix` is the probability that a bag is
+    mixed with another one of its step (`mixed`). `set_epoch` and `start_at` are those of `EpochSampler`. Bags have to
+    have tokens.
     """
 
     def __init__(
@@ -180,6 +205,7 @@ class BagLoader:
         seed: int = 0,
         shuffle: bool = False,
         keep: Keep | None = None,
+        mix: float = 0.0,
         workers: int = 1,
         labels: np.ndarray | None = None,
     ) -> None:
@@ -189,7 +215,7 @@ class BagLoader:
         even = -(-len(reader) // max(1, steps))
         self.sampler = EpochSampler(len(reader), even, seed=seed, shuffle=shuffle, labels=labels)
         self.reader, self.pack_tokens, self.seed, self.workers = reader, pack_tokens, seed, max(1, workers)
-        self.keep = keep
+        self.keep, self.mix = keep, mix
 
     def __len__(self) -> int:
         return len(self.sampler)
@@ -224,9 +250,30 @@ class BagLoader:
                     future.cancel()
 
     def _packed(self, step: list["Future[Tokens]"], keys: list[Key]) -> list[Pack]:
-        bags = [future.result() for future in step]
+        bags, partners, shares = self._mixed([future.result() for future in step], keys)
         groups = packs_of([len(b.features) for b in bags], self.pack_tokens)
-        return [pack([bags[i] for i in group], [keys[i][1] for i in group]) for group in groups]
+        packs = [pack([bags[i] for i in group], [keys[i][1] for i in group]) for group in groups]
+        if not self.mix:
+            return packs
+        return [
+            p._replace(partners=torch.tensor([partners[i] for i in g]), shares=torch.tensor([shares[i] for i in g]))
+            for p, g in zip(packs, groups, strict=True)
+        ]
+
+    def _mixed(self, bags: list[Tokens], keys: list[Key]) -> tuple[list[Tokens], list[int], list[float]]:
+        """The bags of a step, some of them mixed: whom with, and the share that is their own."""
+        new, partners, shares = [], [], []
+        for i, (own, key) in enumerate(zip(bags, keys, strict=True)):
+            # numbers of their own, so that mixing does not change which tokens are kept
+            rng = np.random.default_rng([self.seed, *key, 1])
+            tokens, partner, share = own, i, 1.0
+            if len(bags) > 1 and rng.random() < self.mix:
+                partner = (i + 1 + int(rng.integers(len(bags) - 1))) % len(bags)
+                tokens, share = mixed(own, bags[partner], rng)
+            new.append(tokens)
+            partners.append(keys[partner][1])
+            shares.append(share)
+        return new, partners, shares
 
     def tokens(self, key: Key) -> Tokens:
         """The tokens of a patient in an epoch: all, or a random subset that depends on seed, epoch and patient."""

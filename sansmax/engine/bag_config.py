@@ -70,6 +70,9 @@ class TokenConfig(Section):
     """Least and largest share of a bag's tokens that a step sees, drawn for each bag and step."""
     most: int | None = Field(default=None, ge=1)
     """Most tokens of a bag that a step sees, drawn at random."""
+    mix: float = Field(default=0.5, ge=0.0, le=1.0)
+    """Probability that a bag is mixed with another one of its step, tokens and targets in a random share; not for
+    survival. It makes scores of tokens point at what carries the answer."""
     noise: float = Field(default=0.0, ge=0.0)
     """Standard deviation of noise on the features, in standard deviations of theirs."""
     drop: float = Field(default=0.0, ge=0.0, lt=1.0)

@@ -65,29 +65,40 @@ class Objective:
             return cox_loss(outputs[:, 0], targets[:, 0], targets[:, 1] > 0, self.ties)
         return self.total(outputs, targets) / self.weight(targets).clamp_min(1e-12)
 
-    def total(self, outputs: Float[Tensor, "k c"], targets: Tensor) -> Float[Tensor, ""]:
-        """The sum over patients of a part of a step, before it is divided by `weight` of the whole step."""
+    def total(
+        self, outputs: Float[Tensor, "k c"], targets: Tensor, shares: Float[Tensor, "k"] | None = None
+    ) -> Float[Tensor, ""]:
+        """The sum over patients of a part of a step, before it is divided by `weight` of the whole step.
+
+        `shares` says how much each patient counts; None is 1.
+        """
         outputs = outputs.float() if outputs.dtype in (torch.float16, torch.bfloat16) else outputs
         weights = None if self.class_weights is None else self.class_weights.to(outputs)
         if self.task == "classification":
-            each = {"weight": weights, "label_smoothing": self.smoothing}
-            return F.cross_entropy(outputs, targets, reduction="sum", **each)
+            how = {"weight": weights, "label_smoothing": self.smoothing}
+            each = F.cross_entropy(outputs, targets, reduction="none", **how)
+            return each.sum() if shares is None else (each * shares.to(each)).sum()
         known = targets.isfinite()
         y = targets.nan_to_num(0.0).to(outputs)
         if self.task == "multilabel":
             y = y * (1 - self.smoothing) + self.smoothing / 2
-            return (F.binary_cross_entropy_with_logits(outputs, y, pos_weight=weights, reduction="none") * known).sum()
-        assert self.mean is not None and self.scale is not None
-        error = outputs - (y - self.mean.to(outputs)) / self.scale.to(outputs)
-        return (error.square() * known).sum()
+            each = F.binary_cross_entropy_with_logits(outputs, y, pos_weight=weights, reduction="none") * known
+        else:
+            assert self.mean is not None and self.scale is not None
+            each = (outputs - (y - self.mean.to(outputs)) / self.scale.to(outputs)).square() * known
+        return each.sum() if shares is None else (each * shares.to(each).unsqueeze(1)).sum()
 
-    def weight(self, targets: Tensor) -> Float[Tensor, ""]:
+    def weight(self, targets: Tensor, shares: Float[Tensor, "k"] | None = None) -> Float[Tensor, ""]:
         """What the sum of a step is divided by: the weights of its patients, or how many targets are known."""
+        # parts of a step are weighed one by one: their sum must not depend on the parts
+        exact = torch.float32 if targets.device.type == "mps" else torch.float64
+        ones = torch.ones(len(targets), dtype=exact, device=targets.device)
+        shares = ones if shares is None else shares.to(ones)
         if self.task != "classification":
-            return targets.isfinite().sum().float()
+            return (targets.isfinite() * shares.unsqueeze(1)).sum()
         if self.class_weights is None:
-            return torch.tensor(float(len(targets)), device=targets.device)
-        return self.class_weights.to(targets.device)[targets].sum()
+            return shares.sum()
+        return (self.class_weights.to(shares)[targets] * shares).sum()
 
     def answers(self, outputs: Float[Tensor, "k c"]) -> Float[Tensor, "k c"]:
         """Predictions in float64, in the units of the targets."""

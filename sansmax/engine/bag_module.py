@@ -60,14 +60,15 @@ class BagModule(Classifier):
 
     def accumulate(self, packs: list[Pack]) -> float:
         """Adds the gradient of the loss over all packs to the parameters, and gives the loss."""
-        targets = [self.get_buffer("targets")[p.indices] for p in packs]
-        every, o = torch.cat(targets), self.objective
+        o, targets = self.objective, [self._targets(p) for p in packs]
+        if o.separable:
+            weights = [o.weight(t, shares) for pairs in targets for t, shares in pairs]
+            whole = torch.stack(weights).sum().clamp_min(1e-12)
+            parts = enumerate(zip(packs, targets, strict=True))
+            return sum(self._backward(self._total(self.outputs(p, i), pairs) / whole) for i, (p, pairs) in parts)
+        every = torch.cat([pairs[0][0] for pairs in targets])
         if len(packs) == 1:
             return self._backward(o.loss(self.outputs(packs[0], 0), every))
-        if o.separable:
-            whole = o.weight(every).clamp_min(1e-12)
-            parts = enumerate(zip(packs, targets, strict=True))
-            return sum(self._backward(o.total(self.outputs(p, i), t) / whole) for i, (p, t) in parts)
         with torch.no_grad():
             outputs = torch.cat([self.outputs(p, i) for i, p in enumerate(packs)])
         outputs.requires_grad_()
@@ -76,6 +77,16 @@ class BagModule(Classifier):
         for i, (p, by) in enumerate(zip(packs, by_outputs, strict=True)):
             self._backward((self.outputs(p, i) * by).sum())
         return float(loss.detach())
+
+    def _targets(self, pack: Pack) -> list[tuple[Tensor, Tensor | None]]:
+        """Targets of a pack's bags, and how much each counts: of mixed bags those of both patients."""
+        targets = self.get_buffer("targets")
+        if pack.partners is None or pack.shares is None:
+            return [(targets[pack.indices], None)]
+        return [(targets[pack.indices], pack.shares), (targets[pack.partners], 1 - pack.shares)]
+
+    def _total(self, outputs: Tensor, pairs: list[tuple[Tensor, Tensor | None]]) -> Tensor:
+        return torch.stack([self.objective.total(outputs, t, shares) for t, shares in pairs]).sum()
 
     def _backward(self, loss: Tensor) -> float:
         self.manual_backward(loss)

@@ -242,6 +242,8 @@ def loaders(
         seed=config.seed,
         shuffle=True,
         keep=None if whole else Keep(*t.keep, t.most),
+        # a risk set has no patients between two patients
+        mix=0.0 if train.task == "survival" else t.mix,
         labels=train.targets if config.balanced else None,
         **common,
     )
