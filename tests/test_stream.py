@@ -104,6 +104,20 @@ def test_narrow_types_keep_their_tokens_exactly(store, dtype):
     assert (found.scores == expected.scores).all()
 
 
+@every_store
+def test_autocast_is_as_exact_as_in_memory(store):
+    model = small(PICO).float()
+    x = images(model, b=1, grid=GRID)
+    exact, exact_scores = in_memory(model.double(), x.double(), (0, 3))
+    model.float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        whole, whole_scores = in_memory(model, x, (0, 3))
+        found = stream_tokens(model, Picture(x, 8), scores=(0, 3), store=store, chunk_tokens=11)
+    for a, b, c in ((found.logits, whole, exact), (torch.from_numpy(found.scores), whole_scores, exact_scores)):
+        assert (a - c).abs().max() <= 2 * (b - c).abs().max()
+        assert (a - c).abs().max() <= 0.05 * c.abs().max()
+
+
 @pytest.mark.parametrize("changes", [{}, {"class_token": True}, {"class_token": True, "no_embed_class": True}], ids=str)
 @pytest.mark.parametrize("grid", [(7, 5), (2, 9), (1, 2)])
 def test_positions_are_resampled_as_timm_does(changes, grid, assert_same):

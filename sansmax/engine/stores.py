@@ -75,7 +75,8 @@ class MemoryStore(Store):
     def put(self, place: int | None, chunk: Chunk, x: Tensor) -> None:
         """Copies the chunk into the tensor of the place."""
         if place not in self.places:
-            self.places[place] = x.new_empty(self.shape)
+            # not the type of the chunk: autocast embeds in half precision what the layers add to in float32
+            self.places[place] = self.like.new_empty(self.shape)
         self.places[place][:, chunk.start : chunk.stop] = x
 
     def get(self, place: int | None, chunk: Chunk) -> Tensor:
@@ -105,7 +106,8 @@ class FileStore(Store):
         """Writes the chunk where it belongs in the file of the place."""
         if place not in self.files:
             self.files[place] = os.open(self._path(place), os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
-        data = memoryview(_bytes(x.detach().cpu().contiguous()))
+        x = x.detach().to("cpu", self.like.dtype).contiguous()
+        data = _bytes(x)
         at = chunk.start * self.channels * x.element_size()
         while data:
             written = os.pwrite(self.files[place], data, at)
@@ -114,7 +116,7 @@ class FileStore(Store):
     def get(self, place: int | None, chunk: Chunk) -> Tensor:
         """A copy of the chunk, on the device of the network."""
         x = torch.empty((1, chunk.stop - chunk.start, self.channels), dtype=self.like.dtype)
-        data = memoryview(_bytes(x))
+        data = _bytes(x)
         at = chunk.start * self.channels * x.element_size()
         while data:
             count = os.preadv(self.files[place], [data], at)
