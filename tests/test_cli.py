@@ -370,7 +370,7 @@ def test_models_lists_ours_and_those_that_match():
     said = sansmax("models")
     ours = said.out.splitlines()
     assert {MODEL, "soft_tiny", "sima_small_12_p16"} <= set(ours)
-    assert all(line.startswith(("seqnorm_", "sima_", "soft_", "cvt_")) for line in ours)
+    assert all(line.startswith(("seqnorm_", "sima_", "soft_", "softmax_", "cvt_", "abmil_")) for line in ours)
     assert sansmax("models", "resnet10t*").out.split() == ["resnet10t"]
 
 
