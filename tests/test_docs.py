@@ -42,6 +42,7 @@ def fences(path):
 SHORT = {
     "detection": ["--steps", "2", "--mosaics", "8", "4", "--size", "96"],
     "segmentation": ["--steps", "2", "--mosaics", "8", "4", "--size", "96"],
+    "train_on_slides": ["--slides", "2", "--size", "1024", "--epochs", "1"],
 }
 
 
