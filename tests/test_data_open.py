@@ -122,8 +122,8 @@ def test_mistakes_in_folders(tmp_path):
     (folder_of(tmp_path / "a") / "cow").mkdir()
     with pytest.raises(InputError, match=r"class folder .*cow has no image; remove it"):
         open_data(tmp_path / "a")
-    (tmp_path / "a" / "cow" / "x.dcm").write_text("x")
-    with pytest.raises(InputError, match=r"it holds \.dcm"):
+    (tmp_path / "a" / "cow" / "x.mha").write_text("x")
+    with pytest.raises(InputError, match=r"it holds \.mha"):
         open_data(tmp_path / "a")
     with pytest.raises(InputError, match="one class, cat"):
         open_data(folder_of(tmp_path / "b", ("cat",)))
