@@ -228,11 +228,10 @@ def scores(arguments: argparse.Namespace) -> dict[str, Any]:
     from sansmax.engine.predict_slide import SlideOptions, predict_slide
 
     model = trained(arguments)
-    began = time.perf_counter()
     options = SlideOptions(mpp=MPP, store="disk")
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = predict_slide(Predictor.of(model, "cpu"), slide_path(arguments), options, scores="1")
-    seconds, peak = time.perf_counter() - began, peak_mib()
+    peak = peak_mib()
     assert found.scores is not None and found.xy_level0 is not None and found.side is not None
     truth = in_boxes(found.xy_level0 + found.side / 2, read_planted(slide_path(arguments)).boxes)
     np.savez(arguments.folder / "scores.npz", scores=found.scores, xy=found.xy_level0, side=found.side, truth=truth)
@@ -249,7 +248,6 @@ def scores(arguments: argparse.Namespace) -> dict[str, Any]:
         "tiles": len(tiles),
         "planted_tiles": int(tile_truth.sum()),
         "planted_in_top": float(tile_truth[np.argsort(-by_tile)[: int(tile_truth.sum())]].mean()),
-        "seconds": seconds,
         "peak_mib": peak,
     }
 
@@ -327,14 +325,13 @@ def page(arguments: argparse.Namespace, found: dict[str, Any]) -> str:
     a, b, c, d, e = (found[name] for name in ("logits", "scores", "bag", "same", "train"))
     here = environment()
     rows = [
-        ("slide", f"{arguments.size:,} x {arguments.size:,} px, read at {MPP:g} micrometres per pixel"),
+        ("slide", f"{arguments.size:,} x {arguments.size:,} px, read at {MPP:g} micrometre per pixel"),
         ("tokens with tissue", f"{a['tokens']:,} patches of 16 px, {arguments.layers} layers, 192 channels"),
         ("logits: peak of the process", f"{a['peak_mib']:,.0f} MiB ({a['start_mib']:,.0f} before the slide)"),
         ("logits: seconds", f"{a['seconds']:.0f}, of which reading and embedding {a['reading_seconds']:.0f}"),
         ("layers against their bare products", f"{a['layers_seconds']:.0f} s / {a['products_seconds']:.0f} s = "
          f"{a['ratio']:.2f}"),
-        ("scores: peak of the process, seconds",
-         f"{b['peak_mib']:,.0f} MiB, {b['seconds']:.0f} s (tokens in files, products in bfloat16)"),
+        ("scores: peak of the process", f"{b['peak_mib']:,.0f} MiB (tokens in files, products in bfloat16)"),
         ("probability of planted tissue", f"{b['probability']:.4f}"),
         ("AUROC of scores, tokens", f"{b['auroc_tokens']:.4f} ({b['planted_tokens']:,} planted)"),
         ("AUROC of scores, tiles of 256 px",
