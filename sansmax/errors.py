@@ -5,11 +5,17 @@ ours and keeps its traceback.
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class InputError(ValueError):
     """Says what was wrong, what is allowed, what was given and what to do."""
+
+
+def listed(items: Sequence[str], most: int = 5) -> str:
+    """The first few items as text, with a count of the others."""
+    more = len(items) - most
+    return ", ".join(items[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 def nearest(name: str, allowed: Iterable[str], count: int = 3) -> list[str]:

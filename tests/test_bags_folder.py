@@ -17,8 +17,8 @@ from bag_files import (
 )
 
 from sansmax.data.bags.folder import open_bags
-from sansmax.data.optional import need
 from sansmax.errors import InputError
+from sansmax.optional import need
 
 JOB = "20x_256px_0px_overlap"
 

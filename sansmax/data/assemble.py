@@ -4,9 +4,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sansmax.data.sets import SPLITS, ImageSet, LabelledImages, listed
+from sansmax.data.sets import SPLITS, ImageSet, LabelledImages
 from sansmax.data.splits import draw_parts
-from sansmax.errors import InputError
+from sansmax.errors import InputError, listed
 
 
 class Split(NamedTuple):

@@ -19,7 +19,6 @@ from sansmax.errors import InputError
 
 # bags that take less stay in memory between epochs
 CACHE_BYTES = 1 << 30
-_FIRST = 10
 
 
 class Bags(Protocol):
@@ -158,11 +157,6 @@ def empty_cases(bags: Bags, slides: Sequence[Sequence[str]]) -> list[int]:
     """Which cases have no token in any of their slides."""
     reader = PatientBags(bags, slides)
     return [i for i in range(len(reader)) if reader.length(i) == 0]
-
-
-def listed(names: Sequence[str]) -> str:
-    """The first ten names, and how many more there are."""
-    return ", ".join(names[:_FIRST]) + (f" and {len(names) - _FIRST} more" if len(names) > _FIRST else "")
 
 
 def packs_of(lengths: Sequence[int], pack_tokens: int) -> list[list[int]]:

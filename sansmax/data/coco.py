@@ -18,8 +18,7 @@ import torch
 from torch.utils.data import Dataset
 
 from sansmax.data.images import read_image, to_tensor
-from sansmax.data.sets import listed
-from sansmax.errors import InputError
+from sansmax.errors import InputError, listed
 
 LISTS = ("images", "annotations", "categories")
 

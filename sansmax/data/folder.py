@@ -5,9 +5,8 @@ from pathlib import Path
 
 from sansmax.data.images import IMAGE_SUFFIXES
 from sansmax.data.listing import Listing, Row
-from sansmax.data.sets import listed
 from sansmax.data.table import split_word
-from sansmax.errors import InputError
+from sansmax.errors import InputError, listed
 
 _LAYOUT = "a folder of images has one sub-folder per class, as it is or under train/, val/ and test/"
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sansmax.data.assemble import Split, assemble
-from sansmax.data.sets import BadImage, FileImages, ImageSet, LabelledImages, class_order, listed, looks_coloured
-from sansmax.errors import InputError
+from sansmax.data.sets import BadImage, FileImages, ImageSet, LabelledImages, class_order, looks_coloured
+from sansmax.errors import InputError, listed
 
 Progress = Callable[[int, int], object]
 

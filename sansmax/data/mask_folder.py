@@ -15,8 +15,7 @@ import torch
 from torch.utils.data import Dataset
 
 from sansmax.data.images import IMAGE_SUFFIXES, read_image, to_tensor
-from sansmax.data.sets import listed
-from sansmax.errors import InputError
+from sansmax.errors import InputError, listed
 
 IGNORE = 255
 MASK_SUFFIXES = frozenset({".png", ".tif", ".tiff", ".bmp", ".gif"})

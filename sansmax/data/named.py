@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from sansmax.data.assemble import Split, assemble
-from sansmax.data.sets import ArrayImages, ImageSet, LabelledImages, WrappedImages, listed, looks_coloured, pixels_of
-from sansmax.errors import InputError, unknown_name
+from sansmax.data.sets import ArrayImages, ImageSet, LabelledImages, WrappedImages, looks_coloured, pixels_of
+from sansmax.errors import InputError, listed, unknown_name
 
 TIMM_PREFIXES = ("torch/", "hfds/", "tfds/")
 # How the data sets call their splits, the first that exists is taken

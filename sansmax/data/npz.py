@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from sansmax.data.assemble import Split, assemble
-from sansmax.data.sets import SPLITS, ArrayImages, ImageSet, LabelledImages, listed
-from sansmax.errors import InputError
+from sansmax.data.sets import SPLITS, ArrayImages, ImageSet, LabelledImages
+from sansmax.errors import InputError, listed
 
 _LAYOUT = (
     "allowed are train_images, train_labels (and val_, test_) with images (n, H, W) or (n, H, W, 3) of uint8 or "

@@ -189,12 +189,6 @@ def class_order(labels: set[str]) -> tuple[str, ...]:
     return tuple(sorted(labels))
 
 
-def listed(items: Sequence[str], most: int = 5) -> str:
-    """The first few items as text, with a count of the others."""
-    more = len(items) - most
-    return ", ".join(items[:most]) + (f" and {more} more" if more > 0 else "")
-
-
 def require_fractions(val_fraction: float, test_fraction: float) -> None:
     """Refuses shares of validation and test images that make no split."""
     if min(val_fraction, test_fraction) < 0 or val_fraction + test_fraction > 1:

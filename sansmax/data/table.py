@@ -9,8 +9,8 @@ from typing import Any
 
 from sansmax.data.images import IMAGE_SUFFIXES
 from sansmax.data.listing import Listing, Row
-from sansmax.data.sets import SPLITS, BadImage, listed
-from sansmax.errors import InputError, nearest
+from sansmax.data.sets import SPLITS, BadImage
+from sansmax.errors import InputError, listed, nearest
 
 _NAMES = {
     "path": (

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sansmax.data.bag_loading import Bags, PatientBags, Tokens, empty_cases, listed, pack, packs_of
+from sansmax.data.bag_loading import Bags, PatientBags, Tokens, empty_cases, pack, packs_of
 from sansmax.data.bags.cases import Cases
 from sansmax.data.bags.folder import open_bags
 from sansmax.engine.bag_losses import answers
@@ -20,7 +20,7 @@ from sansmax.engine.bag_run import BagRun
 from sansmax.engine.predict import pick_device
 from sansmax.engine.progress import Reporter
 from sansmax.engine.stream import stream
-from sansmax.errors import InputError
+from sansmax.errors import InputError, listed
 from sansmax.files import write_text
 from sansmax.models.slide import FeatureNetwork
 from sansmax.report.tables import as_csv
@@ -59,7 +59,7 @@ def predict_bags(
     if empty := empty_cases(bags, cases.slides):
         raise InputError(
             f"{len(empty)} of {len(cases)} cases have an empty bag (a slide without tissue), for which nothing can be "
-            f"predicted: {listed([cases.ids[i] for i in empty])}; leave them out"
+            f"predicted: {listed([cases.ids[i] for i in empty], 10)}; leave them out"
         )
     reader = reader_for(network, bags, cases)
     modes = [(module, module.training) for module in network.modules()]

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sansmax.data.bag_loading import BagLoader, Bags, Keep, empty_cases, listed
+from sansmax.data.bag_loading import BagLoader, Bags, Keep, empty_cases
 from sansmax.data.bags.cases import Cases
 from sansmax.engine.bag_config import BagConfig
 from sansmax.engine.bag_losses import Objective
@@ -19,7 +19,7 @@ from sansmax.engine.progress import Reporter
 from sansmax.engine.run import check_folder, explained_disk, is_run, prepare_folder, write_json
 from sansmax.engine.stopping import StopNow, Stopped, StopSignal
 from sansmax.engine.train import recorder_state, run_lightning
-from sansmax.errors import InputError
+from sansmax.errors import InputError, listed
 from sansmax.files import write_text
 from sansmax.models.slide import FeatureNetwork
 from sansmax.report.tables import as_csv, truncate_rows
@@ -107,13 +107,13 @@ def _parts(
 ) -> tuple[Cases, Cases, list[str]]:
     """The training and validation cases that have tokens, and notes on those that have none."""
     if both := sorted(set(train_ids) & set(val_ids)):
-        raise InputError(f"{len(both)} cases are both to train and to validate: {listed(both)}")
+        raise InputError(f"{len(both)} cases are both to train and to validate: {listed(both, 10)}")
     kept, notes = [], []
     for what, ids in (("train", train_ids), ("val", val_ids)):
         part = cases.take(ids)
         empty = {part.ids[i] for i in empty_cases(bags, part.slides)}
         if empty:
-            notes.append(f"{len(empty)} cases of {what} left out, their bags are empty: {listed(sorted(empty))}")
+            notes.append(f"{len(empty)} cases of {what} left out, their bags are empty: {listed(sorted(empty), 10)}")
         kept.append(part.take([name for name in part.ids if name not in empty]))
     if not len(kept[0]):
         raise InputError("there are no patients to train on: " + ("; ".join(notes) or "the training part is empty"))

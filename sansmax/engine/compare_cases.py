@@ -7,9 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from sansmax.data.bags.fold import listed
 from sansmax.engine.run import read_json
-from sansmax.errors import InputError
+from sansmax.errors import InputError, listed
 from sansmax.report.case_metrics import TITLES, compare_cases
 from sansmax.report.case_predictions import CasePredictions, read_case_predictions
 from sansmax.report.delong import DeLong, delong_test
@@ -95,7 +94,7 @@ def on_the_same(a: CasePredictions, b: CasePredictions) -> tuple[CasePredictions
     same = np.isclose(a.targets, b.targets, equal_nan=True)
     differ = np.flatnonzero(~same.reshape(len(shared), -1).all(axis=1))
     if differ.size:
-        names = listed([a.ids[i] for i in differ])
+        names = listed([a.ids[i] for i in differ], 10)
         raise InputError(f"{differ.size} cases have other targets in one run than in the other: {names}")
     return a, b, notes
 

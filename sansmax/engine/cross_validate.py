@@ -23,14 +23,14 @@ from typing import Any
 import numpy as np
 
 from sansmax.data.bags.cases import Cases
-from sansmax.data.bags.fold import Fold, listed
+from sansmax.data.bags.fold import Fold
 from sansmax.data.bags.folds import complete_folds, draw_folds, fold_notes, inner_folds
 from sansmax.data.bags.split_files import write_splits
 from sansmax.engine.compare_cases import Comparison, compare
 from sansmax.engine.progress import Reporter
 from sansmax.engine.run import environment, explained_disk, read_json, write_json
 from sansmax.engine.stopping import Stopped
-from sansmax.errors import InputError
+from sansmax.errors import InputError, listed
 from sansmax.report.case_metrics import PRIMARY, CaseMetrics, sampler
 from sansmax.report.case_predictions import CasePredictions, read_case_predictions, write_case_predictions
 from sansmax.report.cross_validation import report_cross_validation
@@ -159,7 +159,7 @@ def without_empty(bags: Any, cases: Cases) -> tuple[Cases, list[str]]:
     if not empty:
         return cases, []
     kept = cases.take([name for name in cases.ids if name not in set(empty)])
-    return kept, [f"{len(empty)} cases left out, their bags are empty: {listed(empty)}"]
+    return kept, [f"{len(empty)} cases left out, their bags are empty: {listed(empty, 10)}"]
 
 
 def choose_folds(
@@ -193,7 +193,7 @@ def start(folder: Path, plan: Plan, resume: bool, command: str) -> None:
         before = read_json(folder / MARK)["settings"]
         if differ := [k for k in settings if before.get(k) != settings[k]]:
             raise InputError(
-                f"{folder} was started with other {listed(differ)}; give the same again to complete it, or another "
+                f"{folder} was started with other {listed(differ, 10)}; give the same again to complete it, or another "
                 "--output"
             )
     else:

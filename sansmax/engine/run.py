@@ -28,11 +28,10 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from sansmax.data.loading import Preprocess
-from sansmax.data.sets import listed
 from sansmax.engine.build import build_model
 from sansmax.engine.config import TrainConfig, dump_config, load_config
 from sansmax.engine.stopping import resume_command
-from sansmax.errors import InputError
+from sansmax.errors import InputError, listed
 from sansmax.files import replacing, write_text
 
 MARKS = ("config.yaml", "run.json")

@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 
-from sansmax.data.optional import need
 from sansmax.engine.encoders import Encoder, EncoderSpec, load_encoder
 from sansmax.engine.tokenize_records import Record
 from sansmax.engine.tokenize_settings import Plan
 from sansmax.engine.tokenize_slide import SlideJob, tokenize_slide
 from sansmax.errors import InputError
+from sansmax.optional import need
 
 
 def tokenize_by_ray(

@@ -5,13 +5,13 @@ it.
 """
 
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 from sansmax.errors import InputError
 from sansmax.files import replacing
+from sansmax.optional import need
 from sansmax.report.slide_scores import SlideScores
 
 FORMAT, FORMAT_VERSION = "sansmax scores", 1
@@ -27,7 +27,7 @@ def write_scores_h5(scores: SlideScores, path: str | Path) -> Path:
     (micrometres per level-0 pixel), `slide_width`, `slide_height`, `probability`. Without coordinates the two datasets
     of them are left out and `note` says so.
     """
-    h5py = _h5py()
+    h5py = need("h5py", "slides")
     with replacing(path) as temporary, h5py.File(temporary, "w") as file:
         file.attrs.update({"format": FORMAT, "format_version": FORMAT_VERSION, "meaning": scores.meaning})
         file.attrs.update({name: getattr(scores, name) for name in TEXTS})
@@ -47,7 +47,7 @@ def write_scores_h5(scores: SlideScores, path: str | Path) -> Path:
 
 def read_scores_h5(path: str | Path) -> SlideScores:
     """The scores that `write_scores_h5` wrote; InputError for another file, a torn one or a newer version."""
-    h5py = _h5py()
+    h5py = need("h5py", "slides")
     try:
         with h5py.File(path, "r") as file:
             about = dict(file.attrs)
@@ -70,11 +70,3 @@ def read_scores_h5(path: str | Path) -> SlideScores:
         slide_size=size,
         **{name: str(about[name]) for name in TEXTS},
     )
-
-
-def _h5py() -> ModuleType:
-    try:
-        import h5py
-    except ImportError as e:
-        raise InputError('array files of scores are HDF5: install it by pip install "sansmax[slides]"') from e
-    return h5py

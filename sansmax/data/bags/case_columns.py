@@ -4,10 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sansmax.data.bags.fold import listed
 from sansmax.data.bags.tables import Table, plain_name, read_table
 from sansmax.data.bags.targets import guess_task
-from sansmax.errors import InputError
+from sansmax.errors import InputError, listed
 
 CASE = ("case_id", "patient", "patient_id", "pat_id", "case", "patientid", "caseid", "subject", "subject_id")
 SLIDE = ("slide_id", "wsi", "slide", "filename", "slideid", "slide_name", "image_id", "file", "wsi_id", "sample_id")
@@ -55,7 +54,7 @@ def recognise_columns(
     task = task or guess_task(table, labels, given)
     note = f"{table.path.name}: {_layout(table, case, slide, folds, slides)}; "
     note += f"patients from {case or slide!r}, slides from {(slides.path.name if slides else slide)!r}, "
-    note += f"{'target' if len(labels) == 1 else 'targets'} {listed(labels)}"
+    note += f"{'target' if len(labels) == 1 else 'targets'} {listed(labels, 10)}"
     return Columns(case, slide, labels, site, folds, task, slides, note)
 
 
@@ -92,7 +91,7 @@ def _slide_table(table: Table, case: str | None, slide: str | None, given: str |
     else:
         beside = [p for p in sorted(table.path.parent.iterdir()) if _is_slide_table(p, table.path)]
         if len(beside) != 1:
-            what = f"several lie beside it: {listed([p.name for p in beside])}" if beside else "none lies beside it"
+            what = f"several lie beside it: {listed([p.name for p in beside], 10)}" if beside else "none lies beside it"
             raise InputError(
                 f"{table.path} has no column of slides; its columns are {', '.join(table.columns)}. Name one with "
                 "--set data.slide_column=NAME, or give the table that names each patient's slides with "
@@ -137,7 +136,7 @@ def _labels(
     may = usual or rest
     raise InputError(
         f"{table.path}: which column is the target is not clear"
-        + (f", it may be {listed(may)}" if may else f"; its columns are {', '.join(table.columns)}")
+        + (f", it may be {listed(may, 10)}" if may else f"; its columns are {', '.join(table.columns)}")
         + "; name it with --label-column NAME, "
         "several with --set data.label=[NAME,NAME]"
     )

@@ -3,9 +3,8 @@
 from pathlib import Path
 
 from sansmax.data.bags.case_columns import CASE, SLIDE, Columns
-from sansmax.data.bags.fold import listed
 from sansmax.data.bags.tables import CaseRow, Row, Table, is_missing
-from sansmax.errors import InputError
+from sansmax.errors import InputError, listed
 
 
 def join_tables(table: Table, columns: Columns, notes: list[str]) -> list[CaseRow]:
@@ -34,7 +33,7 @@ def _unique(path: Path, rows: list[CaseRow]) -> list[CaseRow]:
     again = [r for r in rows if first.setdefault(r.slide, r.line) != r.line]
     twice = [f"{r.slide!r} (lines {first[r.slide]} and {r.line})" for r in again]
     if twice:
-        raise InputError(f"{path}: {len(twice)} slides are there twice: {listed(twice)}; keep one row of each")
+        raise InputError(f"{path}: {len(twice)} slides are there twice: {listed(twice, 10)}; keep one row of each")
     return rows
 
 
@@ -64,10 +63,12 @@ def _join_stamp(clini: Table, slides: Table, columns: Columns, notes: list[str])
         rows.append(CaseRow(row[case], row[file], cells, of[columns.site] if columns.site else None, row.line))
     seen = {r.case for r in rows}
     if alone := [name for name in people if name not in seen]:
-        notes.append(f"{len(alone)} patients of {clini.path.name} have no slide in {slides.path.name}: {listed(alone)}")
+        notes.append(
+            f"{len(alone)} patients of {clini.path.name} have no slide in {slides.path.name}: {listed(alone, 10)}"
+        )
     if strangers := list(dict.fromkeys(strangers)):
         notes.append(
-            f"{len(strangers)} patients of {slides.path.name} are not in {clini.path.name}: {listed(strangers)}"
+            f"{len(strangers)} patients of {slides.path.name} are not in {clini.path.name}: {listed(strangers, 10)}"
         )
     return rows
 

@@ -14,12 +14,12 @@ import numpy as np
 
 from sansmax.data.bags.case_columns import recognise_columns
 from sansmax.data.bags.case_rows import join_tables
-from sansmax.data.bags.fold import Fold, listed
+from sansmax.data.bags.fold import Fold
 from sansmax.data.bags.matching import match_slides
 from sansmax.data.bags.split_files import inline_folds, read_splits
 from sansmax.data.bags.tables import CaseRow, read_table
 from sansmax.data.bags.targets import TASKS, Targets, known_rows, make_targets
-from sansmax.errors import InputError, unknown_name
+from sansmax.errors import InputError, listed, unknown_name
 
 __all__ = ["TASKS", "Cases", "read_cases"]
 
@@ -77,7 +77,7 @@ class Cases:
         place = {name: i for i, name in enumerate(self.ids)}
         unknown = [name for name in ids if name not in place]
         if unknown:
-            raise InputError(f"{len(unknown)} of {len(ids)} ids are no cases here: {listed(unknown)}")
+            raise InputError(f"{len(unknown)} of {len(ids)} ids are no cases here: {listed(unknown, 10)}")
         rows = [place[name] for name in ids]
         pick = {"ids": tuple(ids), "slides": tuple(self.slides[i] for i in rows), "targets": self.targets[rows]}
         if self.patients is not None:
@@ -154,7 +154,7 @@ def _grouped(
         name = apart[0]
         lines = ", ".join(f"{r.slide!r} {targets.shown(r)}" for r in members[name][:4])
         raise InputError(
-            f"{path}: the slides of {len(apart)} patients have different targets: {listed(apart)} (of {name!r}: "
+            f"{path}: the slides of {len(apart)} patients have different targets: {listed(apart, 10)} (of {name!r}: "
             f"{lines}); correct them, or predict each slide by itself with --set data.per=slide"
         )
     sites_of: dict[str, set[str | None]] = {}
@@ -162,7 +162,9 @@ def _grouped(
         sites_of.setdefault(row.case, set()).add(row.site)
     mixed = [name for name, own in sites_of.items() if len(own) > 1]
     if mixed:
-        raise InputError(f"{path}: {len(mixed)} patients have slides of several sites: {listed(mixed)}; give one site")
+        raise InputError(
+            f"{path}: {len(mixed)} patients have slides of several sites: {listed(mixed, 10)}; give one site"
+        )
     if not members:
         raise InputError(f"{path}: no case is left that has both a target and a bag; check the ids of both")
     firsts = [own[0] for own in members.values()]

@@ -12,8 +12,8 @@ from sansmax.data.bags.contents import Contents
 from sansmax.data.bags.layout import Known, Layout
 from sansmax.data.bags.tile_size import patches_file, tile_from_patches, tile_from_spacing
 from sansmax.data.bags.trident import grown
-from sansmax.data.optional import need
 from sansmax.errors import InputError
+from sansmax.optional import need
 
 _ROWS_PER_CHUNK = 32
 

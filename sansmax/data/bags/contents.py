@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from sansmax.data.optional import need
 from sansmax.errors import InputError
+from sansmax.optional import need
 
 SUFFIXES = (".h5", ".hdf5", ".pt", ".pth", ".npy", ".npz")
 _HDF5 = b"\x89HDF\r\n\x1a\n"

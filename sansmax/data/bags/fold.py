@@ -3,15 +3,9 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from sansmax.errors import InputError
+from sansmax.errors import InputError, listed
 
 PARTS = ("train", "val", "test")
-
-
-def listed(names: "list[str] | tuple[str, ...]", most: int = 10) -> str:
-    """The first ten names, and how many more there are."""
-    names = list(names)
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 @dataclass(frozen=True)
@@ -30,7 +24,8 @@ class Fold:
             both = sorted(set(getattr(self, a)) & set(getattr(self, b)))
             if both:
                 raise InputError(
-                    f"{len(both)} patients are both in {a} and in {b}: {listed(both)}; a patient belongs to one part"
+                    f"{len(both)} patients are both in {a} and in {b}: {listed(both, 10)}; "
+                    "a patient belongs to one part"
                 )
         if not self.train:
             raise InputError("a split needs patients to train on; its part 'train' is empty")

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from sansmax.data.bags.cases import Cases
-from sansmax.data.bags.fold import Fold, listed
+from sansmax.data.bags.fold import Fold
 from sansmax.data.bags.split_files import check_patients
-from sansmax.errors import InputError
+from sansmax.errors import InputError, listed
 
 # what the number of cases counts beside the strata: it decides where they do not
 SIZE_WEIGHT = 1e-3
@@ -101,7 +101,7 @@ def fold_notes(cases: Cases, folds: Sequence[Fold]) -> list[str]:
         for k, fold in enumerate(folds):
             trained = set(cases.take(fold.train).targets.tolist())
             if lost := sorted(set(cases.take(fold.test).targets.tolist()) - trained):
-                notes.append(f"split {k} tests {listed([cases.classes[c] for c in lost])} without training on it")
+                notes.append(f"split {k} tests {listed([cases.classes[c] for c in lost], 10)} without training on it")
     return notes
 
 

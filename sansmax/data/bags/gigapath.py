@@ -8,8 +8,8 @@ from sansmax.data.bags.bag import Bag
 from sansmax.data.bags.clam import bag_without_attributes
 from sansmax.data.bags.contents import Contents
 from sansmax.data.bags.layout import Known, Layout
-from sansmax.data.optional import need
 from sansmax.errors import InputError
+from sansmax.optional import need
 
 
 def recognise(contents: Contents) -> str | None:

@@ -6,10 +6,9 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 from sansmax.data.bags.contents import SUFFIXES as BAG_SUFFIXES
-from sansmax.data.bags.fold import listed
 from sansmax.data.bags.tables import CaseRow
 from sansmax.data.slides.opening import SLIDE_SUFFIXES
-from sansmax.errors import InputError
+from sansmax.errors import InputError, listed
 
 # of files of slides and of features, and of what others make features from; compound ones first, so that they go as one
 SUFFIXES = tuple(
@@ -74,7 +73,7 @@ def match_slides(
     twice = [f"{r.slide!r} (lines {lines[r.slide]} and {r.line})" for r in found if _seen(lines, r)]
     if twice:
         raise InputError(
-            f"{path}: {len(twice)} rows name a slide that another names: {listed(twice)}; keep one of each"
+            f"{path}: {len(twice)} rows name a slide that another names: {listed(twice, 10)}; keep one of each"
         )
     return found
 
@@ -97,9 +96,9 @@ def _check_alone(
     no_label = sorted(there - {name for name in matched.values() if name is not None})
     parts = []
     if no_bag:
-        parts.append(f"{len(no_bag):,} labelled slides have no bag: {listed(no_bag)}")
+        parts.append(f"{len(no_bag):,} labelled slides have no bag: {listed(no_bag, 10)}")
     if no_label:
-        parts.append(f"{len(no_label):,} bags have no label: {listed(no_label)}")
+        parts.append(f"{len(no_label):,} bags have no label: {listed(no_label, 10)}")
     if not parts:
         return
     if len(no_bag) == len(known):

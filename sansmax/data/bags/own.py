@@ -19,8 +19,8 @@ from sansmax.data.bags import stamp, trident
 from sansmax.data.bags.bag import Bag
 from sansmax.data.bags.contents import Contents
 from sansmax.data.bags.layout import Known, Layout
-from sansmax.data.optional import need
 from sansmax.errors import InputError
+from sansmax.optional import need
 
 FORMAT = "sansmax bag"
 FORMAT_VERSION = 1

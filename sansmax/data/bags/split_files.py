@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sansmax.data.bags.case_columns import CASE, SLIDE, Columns, fold_columns
-from sansmax.data.bags.fold import PARTS, Fold, listed
+from sansmax.data.bags.fold import PARTS, Fold
 from sansmax.data.bags.matching import bare_id, find_id
 from sansmax.data.bags.tables import CaseRow, Table, is_missing, plain_name, read_table
 from sansmax.data.table import split_word
-from sansmax.errors import InputError
+from sansmax.errors import InputError, listed
 from sansmax.files import write_text
 
 if TYPE_CHECKING:
@@ -85,8 +85,8 @@ def _fold(where: str, parts: Parts, cases: "Cases", allow_missing: bool) -> Fold
             out[part].update(dict.fromkeys(own))
     if unknown and not allow_missing:
         raise InputError(
-            f"{where}: {len(unknown)} names are no case with a target and a bag: {listed(unknown)}; correct the split, "
-            "or leave them out with --skip-bad"
+            f"{where}: {len(unknown)} names are no case with a target and a bag: {listed(unknown, 10)}; "
+            "correct the split, or leave them out with --skip-bad"
         )
     try:
         fold = Fold(*(tuple(out[part]) for part in PARTS))

@@ -14,8 +14,8 @@ from sansmax.data.bags.contents import Contents
 from sansmax.data.bags.layout import Known, Layout
 from sansmax.data.bags.tile_size import tile_from_spacing
 from sansmax.data.bags.trident import number
-from sansmax.data.optional import need
 from sansmax.errors import InputError
+from sansmax.optional import need
 
 # old enough for every reader of this layout
 VERSION = "2.1.0"

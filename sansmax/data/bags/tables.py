@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sansmax.data.optional import need
 from sansmax.errors import InputError, nearest
+from sansmax.optional import need
 
 EXCEL = (".xlsx", ".xlsm")
 # the spellings of a missing value that the field's tables use

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from sansmax.data.bags.fold import listed
 from sansmax.data.bags.tables import CaseRow, Table, is_missing
-from sansmax.errors import InputError, unknown_name
+from sansmax.errors import InputError, listed, unknown_name
 
 TASKS = ("classification", "multilabel", "regression", "survival")
 YES = frozenset(("1", "1.0", "true", "yes", "positive", "event", "dead", "deceased", "death"))
@@ -32,7 +31,7 @@ def guess_task(table: Table, labels: tuple[str, ...], given: Mapping[str, str | 
             return "multilabel"
         raise InputError(
             f"{table.path}: several targets are either all yes or no (0 or 1), or measurements with --task "
-            f"regression; {listed(odd)} hold other values"
+            f"regression; {listed(odd, 10)} hold other values"
         )
     only = next(iter(labels))
     values = {number(c) for c in cells[only]}
@@ -73,7 +72,7 @@ def known_rows(rows: Sequence[CaseRow], task: str, labels: tuple[str, ...], note
     known = [r for r in rows if needed(not is_missing(r.cells[c]) for c in labels)]
     if left := len(rows) - len(known):
         names = [r.slide for r in rows if r not in known] if left <= 10 else []
-        notes.append(f"{left} slides left out, their target is missing" + (f": {listed(names)}" if names else ""))
+        notes.append(f"{left} slides left out, their target is missing" + (f": {listed(names, 10)}" if names else ""))
     return known
 
 
@@ -104,13 +103,13 @@ class Targets:
         values = self.of(rows)
         if self.task == "classification":
             counts = Counter(self.classes[v] for v in values)
-            return listed([f"{counts[c]:,} {c}" for c in self.classes])
+            return listed([f"{counts[c]:,} {c}" for c in self.classes], 10)
         if self.task == "survival":
             return f"{int(values[:, 1].sum()):,} events"
         if self.task == "multilabel":
-            return listed([f"{int(np.nansum(v)):,} {c}" for c, v in zip(self.classes, values.T, strict=True)])
+            return listed([f"{int(np.nansum(v)):,} {c}" for c, v in zip(self.classes, values.T, strict=True)], 10)
         spans = zip(self.classes, np.nanmin(values, axis=0), np.nanmax(values, axis=0), strict=True)
-        return listed([f"{c} from {low:g} to {high:g}" for c, low, high in spans])
+        return listed([f"{c} from {low:g} to {high:g}" for c, low, high in spans], 10)
 
 
 def make_targets(
@@ -135,12 +134,12 @@ def _class_targets(
 ) -> Targets:
     """Classes by name, whole numbers by size, or in the order given."""
     if len(labels) != 1:
-        raise InputError(f"{path}: classification has one target, not {listed(labels)}; say --task multilabel")
+        raise InputError(f"{path}: classification has one target, not {listed(labels, 10)}; say --task multilabel")
     cells = {r.slide: r.cells[labels[0]] for r in rows}
     found = set(cells.values())
     order = tuple(classes) if classes is not None else tuple(sorted(found, key=_grade_order))
     if strange := sorted(found - set(order)):
-        raise InputError(f"{path}: {listed(strange)} are in column {labels[0]!r} and not among the classes {order}")
+        raise InputError(f"{path}: {listed(strange, 10)} are in column {labels[0]!r} and not among the classes {order}")
     if len(found) < 2:
         raise InputError(
             f"{path}: all {len(cells)} slides are {next(iter(found), '')!r}; classification needs two classes or more"

@@ -13,8 +13,8 @@ import numpy as np
 from sansmax.data.bags.bag import Bag
 from sansmax.data.bags.contents import Contents
 from sansmax.data.bags.layout import Known, Layout
-from sansmax.data.optional import need
 from sansmax.errors import InputError
+from sansmax.optional import need
 
 # of the attributes of coords; any of them tells the layout
 COORDS = (

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from sansmax.data.optional import need
 from sansmax.data.slides.slide import SlideError
+from sansmax.optional import need
 
 # What pydicom and its decoders raise on damaged bytes, tags that are missing, syntaxes that nothing decodes
 DAMAGE = (

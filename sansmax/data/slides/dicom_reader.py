@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from sansmax.data.optional import need
 from sansmax.data.slides.dicom_pixels import DAMAGE, frame_item, frame_pixels
 from sansmax.data.slides.levels import LevelSlide, rgb8, spacing_mpp
 from sansmax.data.slides.picture_reader import ArraySlide
 from sansmax.data.slides.slide import SlideError
 from sansmax.data.slides.tiled import TileCache, TiledSlide
 from sansmax.errors import InputError
+from sansmax.optional import need
 
 _WHOLE_SLIDE = "1.2.840.10008.5.1.4.1.1.77.1.6"
 

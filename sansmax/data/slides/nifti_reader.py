@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from sansmax.data.optional import need
 from sansmax.data.slides.levels import spacing_mpp
 from sansmax.data.slides.picture_reader import ArraySlide
 from sansmax.data.slides.slide import SlideError
+from sansmax.optional import need
 
 _DAMAGE = (OSError, ValueError, RuntimeError, EOFError, IndexError, KeyError, TypeError)
 _MICROMETRES = {"meter": 1e6, "mm": 1e3, "micron": 1.0, "unknown": 1e3}

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from sansmax.data.optional import need
 from sansmax.data.slides.levels import LevelSlide, physical_mpp
 from sansmax.data.slides.slide import SlideError
+from sansmax.optional import need
 
 
 def vendor(path: Path) -> str | None:

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from sansmax.data.optional import need
+from sansmax.optional import need
 
 
 def outlines(mask: np.ndarray) -> list[list[np.ndarray]]:

@@ -10,10 +10,10 @@ from functools import cached_property
 
 import numpy as np
 
-from sansmax.data.optional import need
 from sansmax.data.slides.scaled import read_scaled
 from sansmax.data.slides.slide import Slide
 from sansmax.errors import InputError
+from sansmax.optional import need
 
 # Micrometres of a working pixel; where a slide states none, its longer side becomes _MAX_SIDE such pixels
 WORKING_MPP = 8.0
