@@ -11,8 +11,8 @@ from published import picture, reference, weights
 from timm.models import group_parameters
 from torch import nn
 
-from sansmax.models.cvt import checkpoint_filter_fn, sima_of_keys, softmax_of_width
-from sansmax.ops import sima_attention
+from sansmax.models.cvt import checkpoint_filter_fn, softmax_of_width
+from sansmax.ops import sima_attention, sima_of_keys
 
 ACTIVATIONS = {"microsoft": "quick_gelu", "transformers": "gelu"}
 ATTENTIONS = ("softmax", "sima")

@@ -11,8 +11,9 @@ with what the round before gave, `layer.summarise(x, mask, known)` and `layer.fi
 Shapes: b images, n tokens, c channels, h heads, d channels per head.
 """
 
+from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -20,8 +21,10 @@ from torch import Tensor, nn
 
 from sansmax.models.orders import ORDERS, Choice, choose_order
 from sansmax.ops import (
+    L1State,
     Moments,
     ProjectedL1State,
+    l1_affine,
     pointwise_attention,
     seqnorm_affine,
     seqnorm_attention,
@@ -37,6 +40,20 @@ from sansmax.ops.sima import check_reference
 Finished = tuple[Float[Tensor, "b c c"], Float[Tensor, "b c"]]
 
 
+@runtime_checkable
+class Others(Protocol):
+    """Who holds the rest of the tokens, where a layer is given only its own (`sansmax.engine.parallel`)."""
+
+    @property
+    def place(self) -> Any:
+        """Where one's own tokens stand among all (`sansmax.models.attention_soft.Place`), for pooled landmarks."""
+        ...
+
+    def whole(self, state: Any) -> Any:
+        """The summary of all tokens from that of one's own."""
+        ...
+
+
 class Attention(nn.Module):
     """What every layer has: a mechanism, its orders, and whether and in how many rounds it can be summarised.
 
@@ -46,6 +63,8 @@ class Attention(nn.Module):
     mechanism = ""
     orders: tuple[str, ...] = ("auto", "quadratic")
     rounds = 1
+    # whether what the heads give is of the size of their values, however many tokens there are
+    fits_float16 = True
 
     def __init__(self, dim: int, num_heads: int, order: str) -> None:
         super().__init__()
@@ -57,6 +76,37 @@ class Attention(nn.Module):
     def streams(self) -> bool:
         """Whether the layer has the two phases."""
         return False
+
+    def in_range(self, *heads: Tensor) -> tuple[Any, ...]:
+        """Queries, keys and values; under float16 autocast in float32, where the output would leave float16's range."""
+        x = heads[0]
+        if self.fits_float16 or x.dtype != torch.float16 or not torch.is_autocast_enabled(x.device.type):
+            return heads
+        return tuple(x.float() for x in heads)
+
+    def out_of(self, proj: Callable[[Tensor], Tensor], heads: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
+        """The output projection of the heads side by side, in float32 where `in_range` made them that."""
+        kind = heads.device.type
+        wide = heads.dtype == torch.float32 and not self.fits_float16 and torch.is_autocast_enabled(kind)
+        if not wide or torch.get_autocast_dtype(kind) != torch.float16:
+            return proj(heads)
+        with torch.autocast(kind, enabled=False):
+            return proj(heads)
+
+    def summarise_to_send(
+        self, x: Float[Tensor, "b n c"], mask: Weight = None, known: Any = None, place: Any = None
+    ) -> Any:
+        """The summary of fewest numbers, where it travels between processes; `finish` takes it, too."""
+        raise NotImplementedError
+
+
+def attend_among(layer: Any, x: Float[Tensor, "b n c"], mask: Weight, others: Others) -> Float[Tensor, "b n c"]:
+    """Attention of the tokens that are here to all tokens, of which others hold the rest."""
+    known: Any = None
+    for _ in range(layer.rounds):
+        state = layer.summarise_to_send(x, mask, known, others.place)
+        known = layer.finish(others.whole(state), known)
+    return without_padding(layer.map(known, x), mask)
 
 
 class HeadsAttention(Attention):
@@ -86,7 +136,9 @@ class HeadsAttention(Attention):
     def project(self, x: Float[Tensor, "b n c"], mask: Weight, order: str) -> Float[Tensor, "b n c"]:
         """The operation between the projections to heads and from them."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        return self.proj_drop(self.proj(self.attend(q, k, v, mask, order).transpose(1, 2).flatten(2)))
+        q, k, v = self.in_range(q, k, v)
+        out = self.attend(q, k, v, mask, order).transpose(1, 2).flatten(2)
+        return self.proj_drop(self.out_of(self.proj, out))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Weight, order: str) -> Tensor:
         """The operation over heads (b, h, n, d)."""
@@ -121,6 +173,12 @@ class AffineAttention(HeadsAttention):
         """All that the layer needs to know of the other tokens."""
         raise NotImplementedError
 
+    def summarise_to_send(
+        self, x: Float[Tensor, "b n c"], mask: Weight = None, known: None = None, place: Any = None
+    ) -> Any:
+        """The summary of fewest numbers; where a token stands does not matter."""
+        return self.summarise(x, mask)
+
     def summarise_beside(self, x: Float[Tensor, "b n c"], mask: Weight) -> tuple[Any, Float[Tensor, "b n c"]]:
         """`summarise`, and `x` to be used instead of `x` afterwards."""
         return self.summarise(x, mask), x
@@ -134,10 +192,14 @@ class AffineAttention(HeadsAttention):
         m, c = finished
         kind = x.device.type
         # the small matrices were formed in float32; the large product runs in the type of any linear layer
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        autocast = torch.is_autocast_enabled(kind)
+        dtype = torch.get_autocast_dtype(kind) if autocast else x.dtype
+        narrow = None
+        if dtype == torch.float16 and not self.fits_float16:
+            dtype, narrow = torch.float32, None if autocast else dtype
         with torch.autocast(kind, enabled=False):
             out = torch.baddbmm(c.to(dtype).unsqueeze(-2), x.to(dtype), m.to(dtype))
-        return self.proj_drop(out)
+        return self.proj_drop(out if narrow is None else out.to(narrow))
 
     def choose(self, x: Float[Tensor, "b n c"]) -> Choice:
         """The order in which this layer is computed for these tokens, and why."""
@@ -208,9 +270,14 @@ class SeqNormAttention(AffineAttention):
         """The affine map `(M, c)` that the layer applies to each token, from the moments of all of them."""
         w_q, w_k, w_v = self.qkv.weight.chunk(3)
         proj = self.proj
-        return seqnorm_affine(
+        m, c = seqnorm_affine(
             state, w_q, w_k, w_v, proj.weight, proj.bias, self.num_heads, **self._gains(), eps=self.eps
         )
+        bias = self.qkv.bias
+        if bias is not None and bias.requires_grad and torch.is_grad_enabled():
+            # biases cancel: their gradient is zero, which is not the same as none to who waits for all of them (DDP)
+            c = c + 0.0 * bias.sum().to(c.dtype)
+        return m, c
 
 
 class SimAAttention(AffineAttention):
@@ -221,6 +288,8 @@ class SimAAttention(AffineAttention):
     """
 
     mechanism = "sima"
+    # it shrinks with the number of tokens: at 10^5 of them float16 has no digits left
+    fits_float16 = False
 
     def __init__(
         self,
@@ -245,9 +314,23 @@ class SimAAttention(AffineAttention):
         bias = None if self.qkv.bias is None else self.qkv.bias[: 2 * c]
         return ProjectedL1State.of(x, self.qkv.weight[: 2 * c], bias, mask)
 
-    def finish(self, state: ProjectedL1State, known: None = None) -> Finished:
+    def summarise_to_send(
+        self, x: Float[Tensor, "b n c"], mask: Weight = None, known: None = None, place: Any = None
+    ) -> ProjectedL1State | L1State:
+        """The sums of the heads: 2 c + c d numbers, where the moments of the input are c^2 / 2."""
+        if self.num_heads == 1:
+            return self.summarise(x, mask)
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        return L1State.of(q, k, v, None if mask is None else mask.unsqueeze(1).expand(q.shape[:3]))
+
+    def finish(self, state: ProjectedL1State | L1State, known: None = None) -> Finished:
         """The affine map `(M, c)` that the layer applies to each token, from the sums over all of them."""
         proj = self.proj
+        if isinstance(state, L1State):
+            w_q, b_q = (None if p is None else p.chunk(3)[0] for p in (self.qkv.weight, self.qkv.bias))
+            assert w_q is not None
+            options = {"eps": self.eps, "reference_tokens": self.reference_tokens}
+            return l1_affine(state, w_q, b_q, proj.weight, proj.bias, **options)
         return sima_affine(
             state,
             self.qkv.weight,
@@ -267,6 +350,8 @@ class PointwiseAttention(HeadsAttention):
     """
 
     mechanism = "pointwise"
+    # products of queries and keys stand there as they are
+    fits_float16 = False
     orders = ("auto", "quadratic", "linear")
 
     def __init__(

@@ -81,6 +81,8 @@ class SoftAttention(Attention):
     """
 
     mechanism = "soft"
+    # a sum over the tokens
+    fits_float16 = False
     orders = ("auto", "quadratic", "linear", "folded")
     rounds = 2
 
@@ -162,9 +164,10 @@ class SoftAttention(Attention):
             finished = self.finish(SoftLayerState.of(rows, x, mask), landmarks)
             return without_padding(self._read(rows, finished.right, x), mask)
         v = self.v(x)
+        q, heads_v = self.in_range(q, self._heads(v))
         out = soft_attention(
             q,
-            self._heads(v),
+            heads_v,
             landmarks.values,
             mask=mask,
             landmark_mask=landmarks.real,
@@ -175,7 +178,7 @@ class SoftAttention(Attention):
         if self.value_conv is not None:
             assert grid is not None
             out = out + self._convolved_values(v, grid)
-        return without_padding(self.proj_drop(self.proj(out)), mask)
+        return without_padding(self.proj_drop(self.out_of(self.proj, out)), mask)
 
     def _folded_in_chunks(self, x: Float[Tensor, "b n c"], mask: Weight) -> Float[Tensor, "b n c"]:
         # the rows of the kernel wait for their sums; queries are there of one chunk only
@@ -193,7 +196,7 @@ class SoftAttention(Attention):
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
     def _out(self, heads: Float[Tensor, "b h n d"]) -> Float[Tensor, "b n c"]:
-        return self.proj_drop(self.proj(heads.transpose(1, 2).flatten(2)))
+        return self.proj_drop(self.out_of(self.proj, heads.transpose(1, 2).flatten(2)))
 
     def _pooled(self, sums: LandmarkSums) -> Landmarks:
         # in the precision of the sums: the inverse amplifies rounding
@@ -253,6 +256,16 @@ class SoftAttention(Attention):
         groups = sequence_groups(x, self.num_landmarks, mask, **where)
         return LandmarkSums.of(x, groups, self.num_landmarks, mask)
 
+    def summarise_to_send(
+        self, x: Float[Tensor, "b n c"], mask: Weight = None, known: Any = None, place: Place | None = None
+    ) -> LandmarkSums | SoftState:
+        """As `summarise`, P^T V of each head also where P^T X would be less work: it is a share 1 / h of its size."""
+        if known is None:
+            sums = self.summarise(x, mask, None, place)
+            assert isinstance(sums, LandmarkSums)
+            return sums
+        return SoftState.of(self._heads(self.q(x)), self._heads(self.v(x)), known.values, mask)
+
     def finish(self, state: Any, known: Landmarks | None = None) -> Any:
         """The `Landmarks` from the sums of all tokens, and what `map` needs from P^T V of all tokens."""
         if isinstance(state, LandmarkSums):
@@ -270,7 +283,7 @@ class SoftAttention(Attention):
         q = self._heads(self.q(x))
         if isinstance(finished, FoldedReading):
             return self._read(soft_layer_rows(q, finished.landmarks), finished.right, x)
-        return self._out(soft_apply(q, finished.landmarks, finished.right, None))
+        return self._out(soft_apply(*self.in_range(q), finished.landmarks, finished.right, None))
 
     def _read(
         self, rows: Float[Tensor, "b n k"], right: Float[Tensor, "b k c"], x: Float[Tensor, "b n c"]

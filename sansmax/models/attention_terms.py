@@ -112,10 +112,10 @@ class WithTerms(HeadsAttention):
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         # norms and rotations may come out wider than the values
         q, k = (self._rotated(norm(y), rope).to(v.dtype) for norm, y in ((self.q_norm, q), (self.k_norm, k)))
-        out = self.norm(self.attend(q, k, v, mask, self.order).transpose(1, 2).flatten(2))
+        out = self.norm(self.attend(*self.in_range(q, k, v), mask, self.order).transpose(1, 2).flatten(2))
         if self.gate is not None:
             out = out * self.gate(x).sigmoid()
-        return self.proj_drop(self.proj(out))
+        return self.proj_drop(self.out_of(self.proj, out))
 
     def _rotated(self, x: Float[Tensor, "b h n d"], rope: Tensor | None) -> Float[Tensor, "b h n d"]:
         if rope is None:

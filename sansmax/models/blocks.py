@@ -19,7 +19,14 @@ from timm.layers.layer_scale import LayerScale
 from timm.layers.mlp import Mlp
 from torch import Tensor, nn
 
-from sansmax.models.attention import PointwiseAttention, SeqNormAttention, SimAAttention, SoftmaxAttention
+from sansmax.models.attention import (
+    Others,
+    PointwiseAttention,
+    SeqNormAttention,
+    SimAAttention,
+    SoftmaxAttention,
+    attend_among,
+)
 from sansmax.models.attention_soft import Place, SoftAttention
 from sansmax.ops.moments import Weight, without_padding
 from sansmax.ops.pointwise import ACTIVATIONS
@@ -143,11 +150,18 @@ class Block(nn.Module):
         finished = self.finish(state) if hasattr(state, "merge") else state
         return self._residual(x, self._two_phase().map(finished, self.norm1(x)))
 
-    def forward(self, x: Float[Tensor, "b n c"], mask: Weight = None) -> Float[Tensor, "b n c"]:
-        """The block over all tokens at once; `mask` is True (or weight 1) for real tokens, others may hold anything."""
+    def forward(
+        self, x: Float[Tensor, "b n c"], mask: Weight = None, others: Others | None = None
+    ) -> Float[Tensor, "b n c"]:
+        """The block over all tokens at once; `mask` is True (or weight 1) for real tokens, others may hold anything.
+
+        With `others` the tokens are one's own, and these hold the rest.
+        """
         # here and not after the norm: in backward, NaN under a mask is NaN in the gradient of the norm's weights
         x = without_padding(x, mask)
-        return self._residual(x, self.attn(self.norm1(x), mask))
+        if others is None:
+            return self._residual(x, self.attn(self.norm1(x), mask))
+        return self._residual(x, attend_among(self._two_phase(), self.norm1(x), mask, others))
 
     def _two_phase(self) -> Any:
         if not self.streams:

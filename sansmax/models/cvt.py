@@ -33,7 +33,7 @@ from sansmax.models.contract import start_linear
 from sansmax.models.entries import CVT, SIMA, build, configuration
 from sansmax.models.mlp import Mlp
 from sansmax.models.pyramid import Pyramid, Stage
-from sansmax.ops import L1State, sima_attend
+from sansmax.ops import sima_of_keys
 from sansmax.ops.checks import check_choice, check_num_heads
 
 __all__ = ["Cvt", "checkpoint_filter_fn"]
@@ -47,19 +47,6 @@ def softmax_of_width(
 ) -> Float[Tensor, "b h n d"]:
     """softmax(Q K^T / sqrt(h d)) V: the root is that of the whole width."""
     return F.scaled_dot_product_attention(q, k, v, scale=(q.shape[1] * q.shape[3]) ** -0.5)
-
-
-def sima_of_keys(
-    q: Float[Tensor, "b h n d"], k: Float[Tensor, "b h m d"], v: Float[Tensor, "b h m d"]
-) -> Float[Tensor, "b h n d"]:
-    """(Q / |Q|_1) (K / |K|_1)^T V for queries and keys of different numbers, each normalised over its own tokens."""
-    # autocast would keep the sums over all tokens in half precision
-    with torch.autocast(q.device.type, enabled=False):
-        wide = torch.promote_types(q.dtype, torch.float32)
-        k, v = k.to(wide), v.to(wide)
-        k_norm = k.abs().sum(-2)
-        state = L1State(k_norm.new_full(k.shape[:2], k.shape[2]), q.to(wide).abs().sum(-2), k_norm, k.mT @ v)
-    return sima_attend(state, q)
 
 
 ATTENTIONS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
@@ -97,8 +84,15 @@ class ConvAttention(nn.Module):
         for conv, linear in ((self.conv_q, self.q), (self.conv_k, self.k), (self.conv_v, self.v)):
             convolved = torch.cat((cls, conv(grid).flatten(2).mT), dim=1)
             heads.append(linear(convolved).unflatten(2, (self.num_heads, -1)).transpose(1, 2))
-        out = ATTENTIONS[self.attention](*heads)
-        return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
+        kind = x.device.type
+        half = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
+        if self.attention == "softmax" or not half:
+            out = ATTENTIONS[self.attention](*heads)
+            return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
+        # what SimA gives shrinks with the number of tokens, and float16 has no room for it
+        with torch.autocast(kind, enabled=False):
+            out = ATTENTIONS[self.attention](*(head.float() for head in heads))
+            return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
 
 
 class ConvBlock(nn.Module):

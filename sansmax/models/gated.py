@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sansmax.ops.moments import Weight, at_least_float32, nonzero, without_padding
+from sansmax.ops.sums import in_slot, row_of, slots_of
 
 
 class GatedScores(nn.Module):
@@ -62,6 +63,17 @@ class GatedPool(NamedTuple):
         a, b = (self.largest - largest).exp(), (other.largest - largest).exp()
         n = a * self.n + b * other.n
         return GatedPool(largest, n, a.unsqueeze(1) * self.total + b.unsqueeze(1) * other.total)
+
+    def to_sum(self, part: int, parts: int) -> Float[Tensor, "s"]:
+        """The sums in a slot of a row that adds up over `parts` sets of tokens: p (c + 2) numbers per bag."""
+        return in_slot(row_of(self), part, parts)
+
+    def of_sum(self, total: Float[Tensor, "s"], parts: int) -> "GatedPool":
+        """The sums of all sets from the sum of their rows."""
+        scores, n, totals = slots_of(total, parts, self)
+        largest = scores.amax(0)
+        share = (scores - largest).exp()
+        return GatedPool(largest, (share * n).sum(0), (share.unsqueeze(-1) * totals).sum(0))
 
     def value(self) -> Float[Tensor, "b c"]:
         """The weighted mean of the tokens, zero over none."""

@@ -57,7 +57,7 @@ def weights_file(path: str | Path) -> Path:
         if (path / name).is_file():
             return path / name
     found = sorted(p for p in path.iterdir() if p.is_file() and p.name.endswith(SUFFIXES))
-    if len(found) == 1 and found[0].name != "last.ckpt":
+    if len(found) == 1 and found[0].name not in ("last.ckpt", "previous.ckpt"):
         return found[0]
     if (path / "run.json").is_file():
         raise InputError(

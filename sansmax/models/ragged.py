@@ -17,25 +17,34 @@ from jaxtyping import Float
 from timm.layers.drop import DropPath
 from torch import Tensor, nn
 
-from sansmax.models.attention import AffineAttention, Attention, HeadsAttention
+from sansmax.models.attention import AffineAttention, Attention, HeadsAttention, Others
 from sansmax.models.blocks import Block
 from sansmax.ops.moments import Weight, without_padding
 
 
 def run_ragged(
-    block: Block, x: Float[Tensor, "1 t c"], lengths: Sequence[int], mask: Weight = None
+    block: Block, x: Float[Tensor, "1 t c"], lengths: Sequence[int], mask: Weight = None, others: Others | None = None
 ) -> Float[Tensor, "1 t c"]:
-    """The block over several bags; `mask` (1, t) is True (or weight 1) for real tokens."""
+    """The block over several bags; `mask` (1, t) is True (or weight 1) for real tokens.
+
+    With `others` the tokens are one's own, and these hold the rest of each bag.
+    """
     x = without_padding(x, mask)
-    attended = attend_ragged(block.attn, block.norm1(x), lengths, mask)
+    attended = attend_ragged(block.attn, block.norm1(x), lengths, mask, others)
     x = x + _drop_path(block.drop_path1, block.ls1(attended), lengths)
     return x + _drop_path(block.drop_path2, block.ls2(block.mlp(block.norm2(x))), lengths)
 
 
 def attend_ragged(
-    layer: Attention, x: Float[Tensor, "1 t c"], lengths: Sequence[int], mask: Weight = None
+    layer: Attention,
+    x: Float[Tensor, "1 t c"],
+    lengths: Sequence[int],
+    mask: Weight = None,
+    others: Others | None = None,
 ) -> Float[Tensor, "1 t c"]:
     """The attention layer over several bags, each bag by itself."""
+    if others is not None:
+        return without_padding(_among(layer, x, list(lengths), mask, others), mask)
     if layer.streams:
         return without_padding(_by_summaries(layer, x, list(lengths), mask), mask)
     assert isinstance(layer, HeadsAttention)
@@ -72,13 +81,24 @@ def _by_summaries(layer: Any, x: Tensor, lengths: list[int], mask: Weight) -> Te
     return torch.cat([layer.map(_one(known, i), bag) for i, bag in enumerate(bags)], dim=1)
 
 
+def _among(layer: Any, x: Tensor, lengths: list[int], mask: Weight, others: Others) -> Tensor:
+    bags, masks = x.split(lengths, dim=1), split_weights(mask, lengths)
+    places = [None if others.place is None else _one(others.place, i) for i in range(len(bags))]
+    known: Any = None
+    for round_ in range(layer.rounds):
+        before = [None if round_ == 0 else _one(known, i) for i in range(len(bags))]
+        states = [layer.summarise_to_send(*each) for each in zip(bags, masks, before, places, strict=True)]
+        known = layer.finish(others.whole(side_by_side(states)), known)
+    return torch.cat([layer.map(_one(known, i), bag) for i, bag in enumerate(bags)], dim=1)
+
+
 def _by_heads(layer: HeadsAttention, x: Tensor, lengths: list[int], mask: Weight) -> Tensor:
     qkv = layer.qkv(x).unflatten(-1, (3, layer.num_heads, -1)).permute(2, 0, 3, 1, 4)
     out = []
     for heads, bag_mask in zip(qkv.split(lengths, dim=3), split_weights(mask, lengths), strict=True):
-        q, k, v = heads.unbind(0)
+        q, k, v = layer.in_range(*heads.unbind(0))
         out.append(layer.attend(q, k, v, bag_mask, layer.order))
-    return layer.proj_drop(layer.proj(torch.cat(out, dim=2).transpose(1, 2).flatten(2)))
+    return layer.proj_drop(layer.out_of(layer.proj, torch.cat(out, dim=2).transpose(1, 2).flatten(2)))
 
 
 def _drop_path(layer: nn.Module, x: Tensor, lengths: Sequence[int]) -> Tensor:

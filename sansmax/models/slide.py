@@ -88,9 +88,9 @@ class FeatureNetwork(nn.Module):
 
         Raises InputError for features of another width, lengths that do not add up, and an empty bag.
         """
-        bags = self._checked(features, lengths)
+        bags = self.check_bags(features, lengths)
         if coords is not None:
-            coords = self._centred(coords, mask, bags)
+            coords = self.centred(coords, mask, bags)
         x = self.embed_tokens(without_padding(features, mask), coords)
         for block in self.blocks:
             step = partial(run_ragged, cast(Block, block), lengths=bags) if bags else block
@@ -98,14 +98,10 @@ class FeatureNetwork(nn.Module):
                 x = checkpoint(step, x, mask=mask, use_reentrant=False)
             else:
                 x = step(x, mask=mask)
-        x = cast(Tensor, x)
-        if not bags:
-            return self.read_out(self.summarise_pool(x, mask))
-        parts = zip(*(part.split(bags, dim=1) for part in self.per_token(x)), strict=True)
-        states = [self.pooled(part, m) for part, m in zip(parts, split_weights(mask, bags), strict=True)]
-        return self.read_out(side_by_side(states))
+        return self.read_out(self.summarise_bags(cast(Tensor, x), mask, bags))
 
-    def _checked(self, features: Tensor, lengths: Sequence[int] | None) -> list[int]:
+    def check_bags(self, features: Tensor, lengths: Sequence[int] | None) -> list[int]:
+        """The lengths of bags side by side; raises InputError for what `forward` cannot take."""
         if features.shape[-1] != self.in_features:
             raise InputError(
                 f"the network reads features of {self.in_features} channels, these have {features.shape[-1]}; "
@@ -124,7 +120,8 @@ class FeatureNetwork(nn.Module):
             )
         return bags
 
-    def _centred(self, coords: Tensor, mask: Weight, bags: list[int]) -> Tensor:
+    def centred(self, coords: Tensor, mask: Weight, bags: list[int]) -> Tensor:
+        """Coordinates from the middle of each bag."""
         if not bags:
             return centred_coords(coords, mask)
         each = zip(coords.split(bags, dim=1), split_weights(mask, bags), strict=True)
@@ -157,6 +154,13 @@ class FeatureNetwork(nn.Module):
         """What the head needs to know of tokens after the last block."""
         assert not prefix
         return self.pooled(self.per_token(x), weight)
+
+    def summarise_bags(self, x: Float[Tensor, "b n c"], weight: Weight, lengths: list[int]) -> Any:
+        """`summarise_pool` of bags side by side, one row each."""
+        if not lengths:
+            return self.summarise_pool(x, weight)
+        parts = zip(*(part.split(lengths, dim=1) for part in self.per_token(x)), strict=True)
+        return side_by_side([self.pooled(p, w) for p, w in zip(parts, split_weights(weight, lengths), strict=True)])
 
     def read_out(self, summary: Any, pre_logits: bool = False) -> Float[Tensor, "b num_classes"]:
         """Logits (or features, with `pre_logits`) from what `summarise_pool` collected over all tokens."""
@@ -269,7 +273,8 @@ class SlideNetwork(FeatureNetwork):
 
     def embed_tokens(self, features: Float[Tensor, "b n d_in"], coords: Coords = None) -> Float[Tensor, "b n c"]:
         """Tokens of a chunk of a bag; `coords` are taken from the middle of the whole bag (`centred_coords`)."""
-        x = self.embed(features)
+        # blocks add to them: autocast would leave the tokens, and so all sums of blocks, in 16 bit
+        x = self.embed(features).to(self.embed.weight.dtype)
         if coords is None or self.pos_embed == "none":
             return x
         return x + sincos_positions(coords, self.embed_dim).to(x.dtype)

@@ -32,9 +32,14 @@ def bag_centre(coords: Float[Tensor, "b n 2"], mask: Weight = None) -> Float[Ten
         return total / real.sum(1, keepdim=True).clamp_min(1)
 
 
-def centred_coords(coords: Float[Tensor, "b n 2"], mask: Weight = None) -> Float[Tensor, "b n 2"]:
-    """Coordinates from the middle of each bag, in their own dtype; zero at tokens that are none."""
-    moved = (coords.double() - bag_centre(coords, mask)).to(coords.dtype)
+def centred_coords(
+    coords: Float[Tensor, "b n 2"], mask: Weight = None, centre: Float[Tensor, "b 1 2"] | None = None
+) -> Float[Tensor, "b n 2"]:
+    """Coordinates from the middle of each bag, in their own dtype; zero at tokens that are none.
+
+    `centre` is that of the whole bag, where these are some of its tokens only.
+    """
+    moved = (coords.double() - (bag_centre(coords, mask) if centre is None else centre)).to(coords.dtype)
     return moved if mask is None else moved.masked_fill((mask == 0).unsqueeze(-1), 0.0)
 
 

@@ -76,13 +76,7 @@ class VisionTransformer(timm_vit.VisionTransformer):
         `mask` (b, gh gw) is True for real patches, or a weight per patch; prefix tokens always count. The pixels of
         masked patches may be any finite number. Raises ValueError for a mask of another shape.
         """
-        if mask is not None:
-            gh, gw = self.patch_embed.dynamic_feat_size((x.shape[-2], x.shape[-1]))
-            if mask.shape != (x.shape[0], gh * gw):
-                raise ValueError(
-                    f"a mask has one value per patch, ({x.shape[0]}, {gh * gw}) for {x.shape[0]} images of {gh} x {gw} "
-                    f"patches, got {tuple(mask.shape)}"
-                )
+        self.check_mask(x, mask)
         x = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
         mask = self._with_prefix(mask)
         for block in self.blocks:
@@ -91,6 +85,17 @@ class VisionTransformer(timm_vit.VisionTransformer):
             else:
                 x = block(x, mask)
         return self.norm(x)
+
+    def check_mask(self, x: Tensor, mask: Weight) -> None:
+        """Raises ValueError for a mask that does not fit the images `x`."""
+        if mask is None:
+            return
+        gh, gw = self.patch_embed.dynamic_feat_size((x.shape[-2], x.shape[-1]))
+        if mask.shape != (x.shape[0], gh * gw):
+            raise ValueError(
+                f"a mask has one value per patch, ({x.shape[0]}, {gh * gw}) for {x.shape[0]} images of {gh} x {gw} "
+                f"patches, got {tuple(mask.shape)}"
+            )
 
     def forward_head(self, x: Tensor, pre_logits: bool = False, mask: Weight = None) -> Tensor:
         """Logits of the tokens that `forward_features` gives, or the pooled features with `pre_logits`."""
@@ -135,14 +140,14 @@ class VisionTransformer(timm_vit.VisionTransformer):
         return self.norm_pre(x)
 
     def embed_rows(
-        self, pixels: Float[Tensor, "1 in_chans h w"], first_row: int, grid: tuple[int, int]
-    ) -> Float[Tensor, "1 n c"]:
+        self, pixels: Float[Tensor, "b in_chans h w"], first_row: int, grid: tuple[int, int]
+    ) -> Float[Tensor, "b n c"]:
         """Tokens of a band of whole rows of the token grid `grid`, from row `first_row` on, with their positions."""
         return self.embed_region(pixels, (first_row, 0), grid)
 
     def embed_region(
-        self, pixels: Float[Tensor, "1 in_chans h w"], first: tuple[int, int], grid: tuple[int, int]
-    ) -> Float[Tensor, "1 n c"]:
+        self, pixels: Float[Tensor, "b in_chans h w"], first: tuple[int, int], grid: tuple[int, int]
+    ) -> Float[Tensor, "b n c"]:
         """Tokens of a rectangle of the token grid `grid` whose upper left one is at `first` (row, column)."""
         size = self.patch_embed.patch_size
         rows, columns = pixels.shape[-2] // size[0], pixels.shape[-1] // size[1]
@@ -168,7 +173,7 @@ class VisionTransformer(timm_vit.VisionTransformer):
         )
         return torch.einsum("rh,hwc,sw->rsc", rows, table.float(), columns)
 
-    def summarise_pool(self, x: Float[Tensor, "1 n c"], mask: Weight = None, prefix: bool = False) -> Mean:
+    def summarise_pool(self, x: Float[Tensor, "b n c"], mask: Weight = None, prefix: bool = False) -> Mean:
         """What the head needs to know of tokens after the last block; `prefix` says they are the prefix tokens."""
         if prefix:
             x = x[:, :1] if self.global_pool == "token" else x[:, : x.shape[1] * self.pool_include_prefix]

@@ -9,7 +9,16 @@ from sansmax.ops.landmarks import LandmarkSums, grid_landmarks, sequence_landmar
 from sansmax.ops.moments import Mean, Moments
 from sansmax.ops.pointwise import PointwiseState, pointwise_attend, pointwise_attention
 from sansmax.ops.seqnorm import SeqNormState, seqnorm_affine, seqnorm_attend, seqnorm_attention
-from sansmax.ops.sima import L1State, ProjectedL1State, projected_l1, sima_affine, sima_attend, sima_attention
+from sansmax.ops.sima import (
+    L1State,
+    ProjectedL1State,
+    l1_affine,
+    projected_l1,
+    sima_affine,
+    sima_attend,
+    sima_attention,
+    sima_of_keys,
+)
 from sansmax.ops.soft import (
     SoftLayerState,
     SoftState,
@@ -33,6 +42,7 @@ __all__ = [
     "SoftState",
     "cholesky_inverse",
     "grid_landmarks",
+    "l1_affine",
     "landmark_inverse",
     "newton_inverse",
     "newton_inverse_halved",
@@ -46,6 +56,7 @@ __all__ = [
     "sima_affine",
     "sima_attend",
     "sima_attention",
+    "sima_of_keys",
     "soft_affine",
     "soft_attend",
     "soft_attention",

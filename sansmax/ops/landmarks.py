@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sansmax.ops.moments import Weight, at_least_float32, nonzero
+from sansmax.ops.sums import fields_of, row_of
 
 
 class LandmarkSums(NamedTuple):
@@ -54,6 +55,14 @@ class LandmarkSums(NamedTuple):
     def merge(self, other: "LandmarkSums") -> "LandmarkSums":
         """Sums of the union of two disjoint sets of tokens."""
         return LandmarkSums(self.n + other.n, self.total + other.total)
+
+    def to_sum(self, part: int, parts: int) -> Float[Tensor, "s"]:
+        """The sums as a row that adds up over sets of tokens: m (c + 1) numbers per image."""
+        return row_of(self)
+
+    def of_sum(self, total: Float[Tensor, "s"], parts: int) -> "LandmarkSums":
+        """The sums of all sets from the sum of their rows."""
+        return LandmarkSums(*fields_of(total, self))
 
     def value(self) -> Float[Tensor, "*b m c"]:
         """The landmarks, zero for an empty group."""

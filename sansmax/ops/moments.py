@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sansmax.ops.checks import IMPLEMENTATIONS, check_choice
 from sansmax.ops.moments_blocked import MomentsBesideTokens, centred_moments
+from sansmax.ops.sums import fields_of, in_slot, row_of, slots_of, symmetric_of, triangle_of
 
 Weight = Bool[Tensor, "*b n"] | Float[Tensor, "*b n"] | None
 
@@ -118,6 +119,32 @@ class Moments(NamedTuple):
         between = (self.n * share)[..., None, None] * (delta.unsqueeze(-1) * delta.unsqueeze(-2))
         return Moments(count, mean, self.scatter + other.scatter + between)
 
+    def to_sum(self, part: int, parts: int) -> Float[Tensor, "s"]:
+        """The moments as a row that adds up over `parts` sets of tokens, of which this one is number `part`.
+
+        Per image: count and mean in slots, then the triangle of the scatter, p (c + 1) + c (c + 1) / 2 numbers.
+        """
+        slots = in_slot(row_of((self.n, self.mean)), part, parts)
+        return torch.cat((slots, triangle_of(self.scatter).flatten()))
+
+    def of_sum(self, total: Float[Tensor, "s"], parts: int) -> "Moments":
+        """The moments of all sets from the sum of their rows; `self` is one of them.
+
+        What the sum of the scatters lacks is the scatter of the means, sum of n_p (m_p - m)(m_p - m)^T.
+        """
+        own, c = (self.n, self.mean), self.mean.shape[-1]
+        slots = parts * sum(field.numel() for field in own)
+        n, means = slots_of(total[:slots], parts, own)
+        count = n.sum(0)
+        # from one of the means, that of most tokens: the others differ little from it, so no digits are lost
+        reference = means.take_along_dim(n.argmax(0)[None, ..., None], 0).squeeze(0)
+        share = (n / nonzero(count)).unsqueeze(-1)
+        mean = reference + (share * (means - reference)).sum(0)
+        away = means - mean
+        between = torch.einsum("p...i,p...j->...ij", n.unsqueeze(-1) * away, away)
+        scatter = symmetric_of(total[slots:].view(*self.n.shape, -1), c)
+        return Moments(count, mean, scatter + between)
+
     def covariance(self) -> Float[Tensor, "*b c c"]:
         """The biased covariance of the tokens, zero for one token or none."""
         return self.scatter / nonzero(self.n)[..., None, None]
@@ -142,6 +169,14 @@ class Mean(NamedTuple):
     def merge(self, other: "Mean") -> "Mean":
         """Sums of the union of two disjoint sets of tokens."""
         return Mean(self.n + other.n, self.total + other.total)
+
+    def to_sum(self, part: int, parts: int) -> Float[Tensor, "s"]:
+        """The sums as a row that adds up over sets of tokens."""
+        return row_of(self)
+
+    def of_sum(self, total: Float[Tensor, "s"], parts: int) -> "Mean":
+        """The sums of all sets from the sum of their rows."""
+        return Mean(*fields_of(total, self))
 
     def value(self) -> Float[Tensor, "*b c"]:
         """The mean of the tokens, zero over none."""

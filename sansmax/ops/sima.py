@@ -25,6 +25,7 @@ from torch import Tensor
 from sansmax.ops.checks import IMPLEMENTATIONS, check_choice, check_num_heads, check_tokens
 from sansmax.ops.moments import Moments, Weight, at_least_float32, without_padding
 from sansmax.ops.sima_blocked import l1_sums, projected_l1_norm
+from sansmax.ops.sums import fields_of, row_of
 
 ORDERS = ("auto", "quadratic", "linear")
 
@@ -85,6 +86,14 @@ class L1State(NamedTuple):
         """Sums of the union of two disjoint sets of tokens."""
         return L1State(*(a + b for a, b in zip(self, other, strict=True)))
 
+    def to_sum(self, part: int, parts: int) -> Float[Tensor, "s"]:
+        """The sums as a row that adds up over sets of tokens: 2 c + c d + h numbers per image, c = h d."""
+        return row_of(self)
+
+    def of_sum(self, total: Float[Tensor, "s"], parts: int) -> "L1State":
+        """The sums of all sets from the sum of their rows."""
+        return L1State(*fields_of(total, self))
+
     def folded(self, eps: float, reference_tokens: int | None = None) -> Float[Tensor, "*b d d"]:
         """The matrix S of `out = Q S`."""
         s = self.kv / self.k_norm.clamp_min(eps).unsqueeze(-1) / self.q_norm.clamp_min(eps).unsqueeze(-1)
@@ -135,6 +144,19 @@ def sima_attention(
     return without_padding(out, weight)
 
 
+def sima_of_keys(
+    q: Float[Tensor, "b h n d"], k: Float[Tensor, "b h m d"], v: Float[Tensor, "b h m d"]
+) -> Float[Tensor, "b h n d"]:
+    """(Q / |Q|_1) (K / |K|_1)^T V for queries and keys of different numbers, each normalised over its own tokens."""
+    # autocast would keep the sums over all tokens in half precision
+    with torch.autocast(q.device.type, enabled=False):
+        wide = torch.promote_types(q.dtype, torch.float32)
+        k, v = k.to(wide), v.to(wide)
+        k_norm = k.abs().sum(-2)
+        state = L1State(k_norm.new_full(k.shape[:2], k.shape[2]), q.to(wide).abs().sum(-2), k_norm, k.mT @ v)
+    return sima_attend(state, q)
+
+
 def check_reference(reference_tokens: int | None) -> None:
     """Raises ValueError for a reference of no tokens."""
     if reference_tokens is not None and reference_tokens < 1:
@@ -180,6 +202,16 @@ class ProjectedL1State(NamedTuple):
         """Sums of the union of two disjoint sets of tokens."""
         return ProjectedL1State(*Moments(*self[:3]).merge(Moments(*other[:3])), self.qk_norm + other.qk_norm)
 
+    def to_sum(self, part: int, parts: int) -> Float[Tensor, "s"]:
+        """The state as a row that adds up over `parts` sets of tokens: that of its moments, and 2 c norms."""
+        return torch.cat((Moments(*self[:3]).to_sum(part, parts), self.qk_norm.flatten()))
+
+    def of_sum(self, total: Float[Tensor, "s"], parts: int) -> "ProjectedL1State":
+        """The state of all sets from the sum of their rows."""
+        norms = self.qk_norm.numel()
+        moments = Moments(*self[:3]).of_sum(total[:-norms], parts)
+        return ProjectedL1State(*moments, total[-norms:].view(self.qk_norm.shape))
+
 
 def projected_l1(
     x: Float[Tensor, "b n c_in"], w: Float[Tensor, "e c_in"], b: Float[Tensor, "e"] | None, weight: Weight = None
@@ -224,10 +256,31 @@ def sima_affine(
         k_mean, v_mean = (m.unflatten(-1, (num_heads, d)) for m in (k_mean, v_mean))
         kv = kv + n[:, None, None, None] * (k_mean.unsqueeze(-1) * v_mean.unsqueeze(-2))
         q_norm, k_norm = (m.unflatten(-1, (num_heads, d)) for m in qk_norm.chunk(2, dim=-1))
-        s = L1State(n.unsqueeze(-1), q_norm, k_norm, kv).folded(eps, reference_tokens)
-        read = (s @ w_out.mT.unflatten(0, (num_heads, d))).flatten(-3, -2)
+        heads = L1State(n.unsqueeze(-1), q_norm, k_norm, kv)
+        return l1_affine(heads, w_q, b_q, w_out, b_out, eps=eps, reference_tokens=reference_tokens)
+
+
+def l1_affine(
+    state: L1State,
+    w_q: Float[Tensor, "c c_in"],
+    b_q: Float[Tensor, "c"] | None,
+    w_out: Float[Tensor, "c_out c"],
+    b_out: Float[Tensor, "c_out"] | None,
+    *,
+    eps: float = 1e-12,
+    reference_tokens: int | None = None,
+) -> tuple[Float[Tensor, "b c_in c_out"], Float[Tensor, "b c_out"]]:
+    """The layer as one affine map `Y = X @ M + c` from the sums of its heads, returned as `(M, c)`.
+
+    M = sum over heads of W_q^T S W_out^T; c = sum of b_q S W_out^T + b_out, with S of `state`.
+    """
+    with torch.autocast(state.kv.device.type, enabled=False):
+        h, d = state.kv.shape[1:3]
+        w_q, w_out = w_q.to(state.kv.dtype), w_out.to(state.kv.dtype)
+        s = state.folded(eps, reference_tokens)
+        read = (s @ w_out.mT.unflatten(0, (h, d))).flatten(-3, -2)
         m = w_q.mT @ read
-        c = read.new_zeros(read.shape[0], read.shape[-1]) if b_q is None else b_q @ read
+        c = read.new_zeros(read.shape[0], read.shape[-1]) if b_q is None else b_q.to(read.dtype) @ read
         return m, c if b_out is None else c + b_out
 
 

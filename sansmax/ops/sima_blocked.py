@@ -113,13 +113,15 @@ def _gradients(
     by_norm: Tensor, x: Tensor, w: Tensor, b: Tensor | None, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     by_x, by_w, by_b = torch.empty_like(x), by_norm.new_zeros(w.shape), by_norm.new_zeros(w.shape[0])
+    # bfloat16 has the range of float32; float16 has not
+    wide = by_norm.dtype if x.dtype == torch.float16 else x.dtype
     for i, where, piece, real in _blocks(x, mask):
-        s = F.linear(piece, w.to(x.dtype), None if b is None else b.to(x.dtype)).sign_().mul_(by_norm[i])
+        s = F.linear(piece, w.to(x.dtype), None if b is None else b.to(x.dtype)).sign_().to(wide).mul_(by_norm[i])
         if real is not None:
             s.masked_fill_(~real, 0.0)
             piece = piece.masked_fill(~real, 0.0)
-        torch.mm(s, w.to(x.dtype), out=by_x[i, where])
-        by_w += s.mT @ piece
+        by_x[i, where] = s @ w.to(wide)
+        by_w += s.mT @ piece.to(wide)
         by_b += s.sum(0, dtype=by_b.dtype)
     return by_x, by_w.to(w.dtype), by_b.to(w.dtype)
 

@@ -25,6 +25,7 @@ from sansmax.ops.checks import IMPLEMENTATIONS, check_choice, check_tokens
 from sansmax.ops.inverse import cholesky_inverse, newton_inverse, newton_inverse_halved
 from sansmax.ops.moments import Weight, at_least_float32, without_padding
 from sansmax.ops.soft_pieces import soft_apply, soft_mix, soft_rows, soft_summarise
+from sansmax.ops.sums import fields_of, row_of
 
 ORDERS = ("auto", "linear", "quadratic")
 INVERSES = ("newton", "halved", "cholesky")
@@ -120,6 +121,14 @@ class SoftState(NamedTuple):
     def merge(self, other: "SoftState") -> "SoftState":
         """Sums of the union of two disjoint sets of tokens."""
         return SoftState(self.pv + other.pv)
+
+    def to_sum(self, part: int, parts: int) -> Float[Tensor, "s"]:
+        """The sums as a row that adds up over sets of tokens: m c numbers per image, c = h d."""
+        return row_of(self)
+
+    def of_sum(self, total: Float[Tensor, "s"], parts: int) -> "SoftState":
+        """The sums of all sets from the sum of their rows."""
+        return SoftState(*fields_of(total, self))
 
 
 def soft_attend(
@@ -222,6 +231,14 @@ class SoftLayerState(NamedTuple):
     def merge(self, other: "SoftLayerState") -> "SoftLayerState":
         """Sums of the union of two disjoint sets of tokens."""
         return SoftLayerState(self.px + other.px, self.p + other.p)
+
+    def to_sum(self, part: int, parts: int) -> Float[Tensor, "s"]:
+        """The sums as a row that adds up over sets of tokens: h m (c + 1) numbers per image."""
+        return row_of(self)
+
+    def of_sum(self, total: Float[Tensor, "s"], parts: int) -> "SoftLayerState":
+        """The sums of all sets from the sum of their rows."""
+        return SoftLayerState(*fields_of(total, self))
 
 
 def soft_layer_rows(
