@@ -7,8 +7,9 @@ from typing import Any
 from sansmax.files import write_text
 from sansmax.report.case_metrics import PRIMARY, TITLES, CaseMetrics
 from sansmax.report.case_predictions import CasePredictions
-from sansmax.report.cross_validation import class_rows, draw, how_to_read, measured
+from sansmax.report.cross_validation import class_cells, class_rows, draw, how_to_read, measured
 from sansmax.report.curves import learning_curves
+from sansmax.report.html import Code, Figures, Lines, Section, Table, Text, write_page
 from sansmax.report.summary import RESEARCH, bullets, figure_text, interval_text, score_text, table, write_summary
 
 
@@ -20,7 +21,7 @@ def report_cases(
     info: Mapping[str, Any],
     rows: Sequence[Mapping[str, Any]] = (),
 ) -> CaseMetrics:
-    """Measures predictions of one network, writes metrics.json, pictures and summary.md; returns the metrics.
+    """Measures predictions of one network, writes metrics.json, pictures, summary.md, report.html; returns the metrics.
 
     `part` says which cases these are, "test" or "validation"; `rows` are those of metrics.csv, for the learning curves.
     `info` holds model, command and environment.
@@ -32,18 +33,44 @@ def report_cases(
     write_text(folder / "metrics.json", json.dumps({part: metrics.to_dict()}, indent=2, ensure_ascii=False) + "\n")
     figures = draw(folder, preds, metrics)
     if rows:
-        score = f"val_{PRIMARY[preds.task][0]}"
-        learning_curves(rows, folder / "learning.png", monitor=_monitor(str(info.get("monitor", "")), score))
+        learning_curves(rows, folder / "learning.png", monitor=str(info.get("monitor", "")))
         figures.append(("Learning curves", "learning.png"))
-    _write_page(folder / "summary.md", preds, metrics, part, figures, [*notes, *metrics.notes], info)
+    every = [note for note in (*notes, *metrics.notes) if note]
+    _write_page(folder / "summary.md", preds, metrics, part, figures, every, info)
+    _write_html(folder, preds, metrics, part, figures, every, info)
     return metrics
 
 
-def _monitor(name: str, score: str) -> str:
-    """What the curves know of the figure that chose the epoch."""
-    if name == "val_score":
-        return score if score == "val_auc" else ""
-    return name
+def _write_html(
+    folder: Path,
+    preds: CasePredictions,
+    metrics: CaseMetrics,
+    part: str,
+    figures: Sequence[tuple[str, str]],
+    notes: Sequence[str],
+    info: Mapping[str, Any],
+) -> None:
+    scores = [[TITLES[n], interval_text(v, percent=False)] for n, v in metrics.scores.items()]
+    each = "class" if preds.task == "classification" else "target"
+    command = str(info.get("command") or "").strip()
+    environment = [[name, value] for name, value in info.get("environment", {}).items()]
+    sections: list[Section] = [
+        ("Results", [Table(["", "95 % interval"], scores, note=how_to_read(preds, metrics))]),
+        (f"Each {each}", [Table(*class_cells(metrics))] if len(metrics.by_class) > 1 else []),
+        ("Worth knowing", [Lines(notes)] if notes else []),
+        ("Pictures", [Figures([(caption, folder / name) for caption, name in figures])]),
+        (
+            "Do it again",
+            [*([Code(command)] if command else []), *([Table(["", ""], environment)] if environment else [])],
+        ),
+        ("Use", [Text(RESEARCH)]),
+    ]
+    lead = [Text(headline(metrics, part).replace("**", ""))]
+    write_page(folder / "report.html", _title(preds, info), lead, sections)
+
+
+def _title(preds: CasePredictions, info: Mapping[str, Any]) -> str:
+    return f"{info.get('model', 'A slide classifier')} on {', '.join(preds.target[:4])}"
 
 
 def _write_page(
@@ -67,7 +94,7 @@ def _write_page(
         ("Do it again", (f"```sh\n{command.strip()}\n```\n\n" if command else "") + bullets(environment)),
         ("Use", RESEARCH),
     ]
-    write_summary(path, f"{info.get('model', 'A slide classifier')} on {', '.join(preds.target[:4])}", sections)
+    write_summary(path, _title(preds, info), sections)
 
 
 def headline(metrics: CaseMetrics, part: str) -> str:

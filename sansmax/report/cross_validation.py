@@ -217,9 +217,12 @@ def fold_rows(preds: CasePredictions, each: Sequence[CaseMetrics]) -> str:
 
 def class_rows(metrics: CaseMetrics) -> str:
     """A row per class or target; nothing where there is one only."""
-    if len(metrics.by_class) < 2:
-        return ""
+    return "" if len(metrics.by_class) < 2 else table(*class_cells(metrics))
+
+
+def class_cells(metrics: CaseMetrics) -> tuple[list[str], list[list[str]]]:
+    """Headers and rows of each class or target."""
     names = list(next(iter(metrics.by_class.values())))
     words = {"recall": "sensitivity"}
     rows = [[c, *(interval_text(own[n], percent=False) for n in names)] for c, own in metrics.by_class.items()]
-    return table(["", *(TITLES.get(n, words.get(n, n)) for n in names)], rows)
+    return ["", *(TITLES.get(n, words.get(n, n)) for n in names)], rows

@@ -17,14 +17,16 @@ if TYPE_CHECKING:
 
 BLUE, ORANGE, TEAL = COLOURS[:3]
 Series = tuple[np.ndarray, str, str]
+# columns that are larger for a better network, and their names in words
+SCORES = {"val_auc": "AUC", "val_r2": "R2", "val_c_index": "c-index", "val_accuracy": "accuracy"}
 
 
 def learning_curves(rows: Sequence[Mapping[str, Any]], path: str | Path, *, monitor: str = "", title: str = "") -> Path:
     """Loss, accuracy with AUC, and learning rate of a run from the rows of its `metrics.csv`; kept epoch marked.
 
-    Empty cells are gaps. The epoch marked is the best by `monitor`: `val_loss`, `val_auc` or `val_accuracy`, or the
-    "last" one. Without it, that of the largest `val_auc`; where there is none, of the largest `val_accuracy`, else of
-    the smallest `val_loss`. A title that is not given states it.
+    Empty cells are gaps. The epoch marked is the best by `monitor`: a column such as `val_loss` or `val_auc`,
+    "val_score" for the first of `SCORES` that is there, or the "last" one. Without it, that of the largest score; where
+    there is none, of the smallest `val_loss`. A title that is not given states it.
     """
     with look():
         return save(learning_figure(rows, title, monitor), path)
@@ -38,13 +40,14 @@ def learning_figure(rows: Sequence[Mapping[str, Any]], title: str = "", monitor:
     if np.isnan(x).all():
         x, unit = column(rows, "step"), "step"
     best, name, value = best_row(rows, monitor)
-    words = {"val_auc": "validation AUC", "val_accuracy": "validation accuracy", "val_loss": "validation loss"}
     if best is not None and not title:
         last = f" of {x[-1]:g}" if len(rows) > 1 else ""
         kept = f"Last {unit}" if monitor == "last" else f"Best {unit} {x[best]:g}{last}"
-        title = f"{kept}: {words[name]} {value:.3f}"
-    speed = column(rows, "images_per_second")
-    parts = [f"{np.nanmedian(speed):,.0f} images per second"] if np.isfinite(speed).any() else []
+        title = f"{kept}: validation {SCORES.get(name, 'loss')} {value:.3f}"
+    parts = []
+    for what in ("images", "tokens"):
+        speed = column(rows, f"{what}_per_second")
+        parts += [f"{np.nanmedian(speed):,.0f} {what} per second"] if np.isfinite(speed).any() else []
     seconds = column(rows, "seconds")
     parts += [f"{duration(float(np.nanmax(seconds)))} of training"] if np.isfinite(seconds).any() else []
     figure = new_figure(10.5, 3.7, title or "Learning curves", ", ".join(parts))
@@ -70,7 +73,10 @@ def panels(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Series]]]:
         ),
         (
             "Validation (1 is perfect)",
-            [(column(rows, "val_accuracy"), "accuracy", TEAL), (column(rows, "val_auc"), "AUC", ORANGE)],
+            [
+                (column(rows, name), words, TEAL if name == "val_accuracy" else ORANGE)
+                for name, words in reversed(SCORES.items())
+            ],
         ),
         (f"Learning rate (1e{power})" if power else "Learning rate", [(rate / 10.0**power, "", MUTED)]),
     ]
@@ -84,7 +90,7 @@ def column(rows: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
 
 def best_row(rows: Sequence[Mapping[str, Any]], monitor: str = "") -> tuple[int | None, str, float]:
     """Index of the row whose weights are kept, the column that decided (or tells how good it is), its value there."""
-    signs = {"val_auc": 1, "val_accuracy": 1, "val_loss": -1}
+    signs = {**dict.fromkeys(SCORES, 1), "val_loss": -1}
     for name in sorted(signs, key=lambda n: n != monitor):
         values = column(rows, name)
         if np.isfinite(values).any():

@@ -89,11 +89,13 @@ def run_summary(
     figures: Sequence[tuple[str, str]],
     notes: Sequence[str],
     environment: Mapping[str, Any],
+    model: Mapping[str, Any] | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> Path:
     """Writes `summary.md` of a run.
 
     `others` are models measured on the same images, to compare with. `figures` are `(caption, path relative to the
-    page)`. `cost` and `environment` are shown as they are.
+    page)`. `model`, `settings`, `cost` and `environment` are shown as they are.
     """
     every = [*metrics.notes, *notes]
     sections = [
@@ -102,6 +104,8 @@ def run_summary(
         ("Each class", class_table(metrics)),
         ("Worth knowing", bullets(every)),
         ("Data", bullets(data_lines)),
+        ("Model", table(["", ""], list(model.items())) if model else ""),
+        ("Settings that are not the defaults", table(["", ""], list(settings.items())) if settings else ""),
         ("Cost", table(["", ""], list(cost.items())) if cost else ""),
         ("Pictures", "\n\n".join(figure_text(caption, link) for caption, link in figures)),
         ("Do it again", f"```sh\n{command.strip()}\n```\n\n" + bullets([f"{k}: {v}" for k, v in environment.items()])),
@@ -141,26 +145,37 @@ def how_to_read(metrics: Metrics) -> str:
 
 def score_table(model_name: str, metrics: Metrics, others: Mapping[str, Metrics]) -> str:
     """Scores as rows, models as columns."""
-    every = {model_name: metrics, **others}
+    return table(*score_rows({model_name: metrics, **others}))
+
+
+def score_rows(every: Mapping[str, Metrics]) -> tuple[list[str], list[list[str]]]:
+    """Headers and rows: the scores of the first model, a column for each model."""
+    first = next(iter(every.values()))
     rows = [
         [TITLES.get(name, name), *(score_text(name, m[name]) if name in m else "" for m in every.values())]
-        for name in metrics
+        for name in first
     ]
-    return table(["", *every], rows)
+    return ["", *every], rows
 
 
 def class_table(metrics: Metrics) -> str:
     """One row per class; of many classes those recognised worst."""
+    headers, rows, more = class_rows(metrics)
+    return (more + "\n\n" if more else "") + table(headers, rows)
+
+
+def class_rows(metrics: Metrics) -> tuple[list[str], list[list[Any]], str]:
+    """Headers and rows of the table of classes, and what to say of those that are left out."""
     shown = list(metrics.classes)
     more = ""
     if len(shown) > MOST_CLASSES:
-        more = f"The {MOST_CLASSES} of {len(shown)} classes with the lowest sensitivity.\n\n"
+        more = f"The {MOST_CLASSES} of {len(shown)} classes with the lowest sensitivity."
         shown = sorted(shown, key=lambda c: (np.isnan(c.recall.value), c.recall.value))[:MOST_CLASSES]
     headers = ["class", "images", "sensitivity", "specificity", "precision", "AUC"]
     rows = [
         [c.name, c.images, c.recall, c.specificity, c.precision, interval_text(c.auc, percent=False)] for c in shown
     ]
-    return more + table(headers, rows)
+    return headers, rows, more
 
 
 def bullets(lines: Sequence[str]) -> str:
