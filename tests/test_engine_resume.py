@@ -15,10 +15,10 @@ from runs import KEYS, RANDOM, options, refused, result_of, rows_of, sansmax, st
 from safetensors.torch import load_file
 
 from sansmax.engine.callbacks import Recorder
+from sansmax.engine.checkpoints import Checkpoint
 from sansmax.engine.module import Classifier, NotFinite
-from sansmax.engine.run import Run
+from sansmax.engine.run import Run, check_folder, prepare_folder
 from sansmax.engine.stopping import Stopped
-from sansmax.engine.train import train
 from sansmax.errors import InputError
 
 STEPS = 8
@@ -48,6 +48,22 @@ def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole") / "run"
     train_only(tiny(**RANDOM), folder)
     return result_of(folder)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """What a run with nothing random gives that is never stopped."""
+    folder = tmp_path_factory.mktemp("plain") / "run"
+    train_only(tiny(), folder)
+    return result_of(folder)
+
+
+@pytest.fixture
+def no_report():
+    """Pictures and intervals take longer than training."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("sansmax.engine.train.finish_run", lambda output, data, reporter: Run.open(output))
+        yield
 
 
 @pytest.mark.parametrize("step", range(1, STEPS + 1))
@@ -194,13 +210,17 @@ def test_processes_ended_by_ctrl_c_sigterm_and_kill_go_on_as_if_nothing_had_been
         assert message.endswith(f" Go on with: sansmax train --resume --output {tmp_path / number.name}")
     whole = sansmax("train", "--output", tmp_path / "whole", *words)
     assert whole.status == 0, whole
+    expected = result_of(tmp_path / "whole")
     for run in runs:
-        resumed = sansmax("train", "--resume", "--output", run)
+        with pytest.MonkeyPatch.context() as patched:
+            if run != runs[-1]:
+                patched.setattr("sansmax.engine.train.finish_run", lambda output, data, reporter: Run.open(output))
+            resumed = sansmax("train", "--resume", "--output", run)
         assert resumed.status == 0, resumed
         assert re.search(r"going on at epoch 2, batch \d+ of 20", resumed.err)
-        assert rows_of(run) == rows_of(tmp_path / "whole")
-        assert result_of(run) == result_of(tmp_path / "whole")
-    assert len(result_of(run)[2]) == 4
+        assert rows_of(run) == expected[0]
+        assert result_of(run)[:2] == expected[:2]
+    assert result_of(runs[-1]) == expected and len(expected[2]) == 4
 
 
 def test_a_run_that_was_taken_up_can_be_stopped_again(whole, tmp_path, monkeypatch):
@@ -239,14 +259,16 @@ def test_a_damaged_checkpoint_is_named(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("where", ["training", "validation"])
-def test_a_loss_that_is_no_number_stops_and_what_was_good_stays(where, tmp_path, monkeypatch):
+def test_a_loss_that_is_no_number_stops_and_what_was_good_stays(where, plain, tmp_path, monkeypatch):
     run = tmp_path / "run"
     with monkeypatch.context() as patched:
         if where == "training":
-            original = Classifier._loss
-            patched.setattr(
-                Classifier, "_loss", lambda self, *b: original(self, *b) * (1 if self.global_step < 6 else torch.nan)
-            )
+            original = Classifier.of_step
+
+            def of_step(self, total, weight):
+                return original(self, total * (1 if self.global_step < 6 else torch.nan), weight)
+
+            patched.setattr(Classifier, "of_step", of_step)
         else:
             poison = lambda: [p.data.fill_(torch.inf) for p in networks[0].parameters()]  # noqa: E731
             networks = []
@@ -264,8 +286,7 @@ def test_a_loss_that_is_no_number_stops_and_what_was_good_stays(where, tmp_path,
     Run.open(run).load_model()
     # without what made it break the run goes on from the last good checkpoint
     train_only(None, run, resume=True)
-    train_only(tiny(), tmp_path / "whole")
-    assert result_of(run) == result_of(tmp_path / "whole")
+    assert result_of(run) == plain
 
 
 def test_far_too_high_a_learning_rate_says_what_to_lower(tmp_path):
@@ -306,7 +327,8 @@ def fill(path, keep):
 
 
 @pytest.mark.parametrize("what", ["the start", "model.safetensors", "last.ckpt"])
-def test_a_full_disk_says_so_and_the_run_goes_on_when_there_is_room(what, small_disk, tmp_path, monkeypatch):
+@pytest.mark.usefixtures("no_report")
+def test_a_full_disk_says_so_and_the_run_goes_on_when_there_is_room(what, plain, small_disk, monkeypatch):
     run = small_disk / "run"
     words = ["--output", run, *options(KEYS)]
     if what == "the start":
@@ -325,15 +347,15 @@ def test_a_full_disk_says_so_and_the_run_goes_on_when_there_is_room(what, small_
         assert f"sansmax train --resume --output {run}" in message
         assert len(rows_of(run)) == (1 if what == "model.safetensors" else 2)
         Run.open(run).load_model()
-        torch.load(run / "last.ckpt", weights_only=True)
+        # the one before is whole, and the new one is not there
+        assert Checkpoint.read(run / "last.ckpt").place == (1, 0)
         monkeypatch.undo()
         said = sansmax("train", "--resume", "--output", run)
     assert said.status == 0, said
-    train(tiny(), tmp_path / "whole")
-    assert result_of(run) == result_of(tmp_path / "whole")
+    assert result_of(run) == plain
 
 
-def test_a_limit_on_the_size_of_files_is_a_full_disk_too(tmp_path):
+def test_a_limit_on_the_size_of_files_is_a_full_disk_too(plain, tmp_path):
     run = tmp_path / "run"
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, hard))
@@ -344,10 +366,10 @@ def test_a_limit_on_the_size_of_files_is_a_full_disk_too(tmp_path):
     assert message.startswith(f"the disk is full: {run} could not be written (File too large)")
     Run.open(run).load_model()
     train_only(None, run, resume=True)
-    train_only(tiny(), tmp_path / "whole")
-    assert result_of(run) == result_of(tmp_path / "whole")
+    assert result_of(run) == plain
 
 
+@pytest.mark.usefixtures("no_report")
 def test_the_configuration_of_a_run_cannot_change(tmp_path):
     run = tmp_path / "run"
     train_only(tiny(), run)
@@ -355,3 +377,27 @@ def test_the_configuration_of_a_run_cannot_change(tmp_path):
     assert "  epochs: 2 -> 3\n  optim.lr: 0.001 -> 0.1\n" in message
     # what is said again and is the same does not disturb
     assert sansmax("train", KEYS["data.source"], "--resume", "--output", run, "--epochs", "2").status == 0
+
+
+def test_what_a_kill_left_before_there_was_a_run_is_begun_again_and_nothing_else_is(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("splits.csv", "data.txt", "config.yaml", ".run.0123abcd.json"):
+        (run / name).write_text("half")
+    check_folder(run, overwrite=False, resume=False)
+    prepare_folder(run, overwrite=False, resume=False)
+    assert not any(run.iterdir())
+    # a configuration or a table of one's own is no start of ours
+    for names in (("config.yaml",), ("splits.csv",), ("splits.csv", "data.txt", "notes.txt")):
+        for name in names:
+            (run / name).write_text("mine")
+        with pytest.raises(InputError, match="is not empty and holds no run"):
+            prepare_folder(run, overwrite=False, resume=False)
+        for name in names:
+            (run / name).unlink()
+
+
+def test_precision_may_be_written_as_a_number():
+    assert [tiny(precision=p).precision for p in (16, 16.0, "16", "bf16")] == ["16", "16", "16", "bf16"]
+    with pytest.raises(InputError, match="precision"):
+        tiny(precision=16.5)

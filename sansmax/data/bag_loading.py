@@ -2,7 +2,8 @@
 
 A step of training sees `batch_size` patients. Their bags lie side by side, without padding, in packs of at most
 `pack_tokens` tokens; how they are packed changes memory, and no number. Which patients make a step is a function of
-seed and epoch, which tokens of a bag are kept of seed, epoch and patient.
+seed and epoch, which tokens of a bag are kept of seed, epoch and patient. Several processes share out the patients of
+a step by their tokens, so that each has nearly as many of these; a process reads its own bags only.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,7 +15,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from sansmax.data.sampling import EpochSampler, Key
+from sansmax.data.sampling import WHOLE, EpochSampler, Key, Share
 from sansmax.errors import InputError
 
 # bags that take less stay in memory between epochs
@@ -61,10 +62,14 @@ class Keep(NamedTuple):
     high: float = 1.0
     most: int | None = None
 
+    def number(self, n: int, rng: np.random.Generator) -> int:
+        """How many of n tokens are kept."""
+        count = max(1, round(n * rng.uniform(self.low, self.high)))
+        return min(n, count if self.most is None else min(count, self.most))
+
     def draw(self, n: int, rng: np.random.Generator) -> np.ndarray | None:
         """Which of n tokens are kept, in their order; None: all."""
-        count = max(1, round(n * rng.uniform(self.low, self.high)))
-        count = count if self.most is None else min(count, self.most)
+        count = self.number(n, rng)
         return None if count >= n else np.sort(rng.choice(n, count, replace=False))
 
 
@@ -172,6 +177,21 @@ def packs_of(lengths: Sequence[int], pack_tokens: int) -> list[list[int]]:
     return packs
 
 
+def shared_out(lengths: Sequence[int], parts: int) -> list[list[int]]:
+    """Which bags each of so many parts has, so that they have nearly as many tokens; a part can be empty.
+
+    The longest bag first, each to the part with the fewest tokens so far (Graham 1969): the fullest part has at most
+    4/3 of the tokens that the best way to share them out would give it. In a part the bags are in their order.
+    """
+    found: list[list[int]] = [[] for _ in range(parts)]
+    filled = [0] * parts
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        least = filled.index(min(filled))
+        found[least].append(i)
+        filled[least] += lengths[i]
+    return [sorted(part) for part in found]
+
+
 def pack(tokens: Sequence[Tokens], indices: Sequence[int]) -> Pack:
     """Bags side by side, in float32; coordinates where all bags have them."""
     features = np.concatenate([t.features for t in tokens]) if len(tokens) > 1 else tokens[0].features
@@ -182,12 +202,20 @@ def pack(tokens: Sequence[Tokens], indices: Sequence[int]) -> Pack:
     return Pack(wide[None], places, lengths, torch.tensor(list(indices)))
 
 
+class Draw(NamedTuple):
+    """The bag at a place of a step, the place of the one it is mixed with (its own: none), and what draws how."""
+
+    position: int
+    partner: int
+    rng: np.random.Generator
+
+
 class BagLoader:
     """Steps of training or validation: lists of packs, read ahead by `workers` threads while the last step computes.
 
     An epoch has `ceil(n / batch_size)` steps of nearly as many patients each. `mix` is the probability that a bag is
     mixed with another one of its step (`mixed`). `set_epoch` and `start_at` are those of `EpochSampler`. Bags have to
-    have tokens.
+    have tokens. With a `share` of several, a step is this part of its patients, by tokens; it can be empty.
     """
 
     def __init__(
@@ -202,6 +230,7 @@ class BagLoader:
         mix: float = 0.0,
         workers: int = 1,
         labels: np.ndarray | None = None,
+        share: Share = WHOLE,
     ) -> None:
         if pack_tokens < 1:
             raise InputError(f"batch_tokens must be at least 1, got {pack_tokens}")
@@ -209,7 +238,7 @@ class BagLoader:
         even = -(-len(reader) // max(1, steps))
         self.sampler = EpochSampler(len(reader), even, seed=seed, shuffle=shuffle, labels=labels)
         self.reader, self.pack_tokens, self.seed, self.workers = reader, pack_tokens, seed, max(1, workers)
-        self.keep, self.mix = keep, mix
+        self.keep, self.mix, self.share = keep, mix, share
 
     def __len__(self) -> int:
         return len(self.sampler)
@@ -229,45 +258,57 @@ class BagLoader:
 
     def __iter__(self) -> Iterator[list[Pack]]:
         with ThreadPoolExecutor(self.workers, thread_name_prefix="bags") as pool:
-            ahead: list[list[Future[Tokens]]] = []
-            keys: list[list[Key]] = []
+            ahead: list[tuple[list[Key], list[Draw], dict[int, Future[Tokens]]]] = []
             try:
-                for step in self.sampler:
-                    ahead.append([pool.submit(self.tokens, key) for key in step])
-                    keys.append(step)
+                for keys in self.sampler:
+                    own = self._own(keys)
+                    needed = dict.fromkeys(i for draw in own for i in (draw.position, draw.partner))
+                    ahead.append((keys, own, {i: pool.submit(self.tokens, keys[i]) for i in needed}))
                     if len(ahead) > 1:
-                        yield self._packed(ahead.pop(0), keys.pop(0))
+                        yield self._packed(*ahead.pop(0))
                 while ahead:
-                    yield self._packed(ahead.pop(0), keys.pop(0))
+                    yield self._packed(*ahead.pop(0))
             finally:
-                for future in [f for step in ahead for f in step]:
-                    future.cancel()
+                for _, _, futures in ahead:
+                    for future in futures.values():
+                        future.cancel()
 
-    def _packed(self, step: list["Future[Tokens]"], keys: list[Key]) -> list[Pack]:
-        bags, partners, shares = self._mixed([future.result() for future in step], keys)
+    def _own(self, keys: list[Key]) -> list["Draw"]:
+        """The bags of a step that are of this part, and whom they are mixed with."""
+        positions = range(len(keys))
+        if self.share.of > 1:
+            positions = shared_out([self._length(key) for key in keys], self.share.of)[self.share.number]
+        return [self._drawn(keys, i) for i in positions]
+
+    def _length(self, key: Key) -> int:
+        """Tokens of a patient in an epoch; nothing of the features is read."""
+        n = self.reader.length(key[1])
+        return n if self.keep is None else self.keep.number(n, np.random.default_rng([self.seed, *key]))
+
+    def _drawn(self, keys: list[Key], position: int) -> "Draw":
+        # numbers of their own, so that mixing does not change which tokens are kept
+        rng = np.random.default_rng([self.seed, *keys[position], 1])
+        if len(keys) > 1 and rng.random() < self.mix:
+            return Draw(position, (position + 1 + int(rng.integers(len(keys) - 1))) % len(keys), rng)
+        return Draw(position, position, rng)
+
+    def _packed(self, keys: list[Key], own: list["Draw"], futures: dict[int, "Future[Tokens]"]) -> list[Pack]:
+        bags, shares = [], []
+        for draw in own:
+            tokens, share = futures[draw.position].result(), 1.0
+            if draw.partner != draw.position:
+                tokens, share = mixed(tokens, futures[draw.partner].result(), draw.rng)
+            bags.append(tokens)
+            shares.append(share)
+        index, partners = [keys[d.position][1] for d in own], [keys[d.partner][1] for d in own]
         groups = packs_of([len(b.features) for b in bags], self.pack_tokens)
-        packs = [pack([bags[i] for i in group], [keys[i][1] for i in group]) for group in groups]
+        packs = [pack([bags[i] for i in group], [index[i] for i in group]) for group in groups]
         if not self.mix:
             return packs
         return [
             p._replace(partners=torch.tensor([partners[i] for i in g]), shares=torch.tensor([shares[i] for i in g]))
             for p, g in zip(packs, groups, strict=True)
         ]
-
-    def _mixed(self, bags: list[Tokens], keys: list[Key]) -> tuple[list[Tokens], list[int], list[float]]:
-        """The bags of a step, some of them mixed: whom with, and the share that is their own."""
-        new, partners, shares = [], [], []
-        for i, (own, key) in enumerate(zip(bags, keys, strict=True)):
-            # numbers of their own, so that mixing does not change which tokens are kept
-            rng = np.random.default_rng([self.seed, *key, 1])
-            tokens, partner, share = own, i, 1.0
-            if len(bags) > 1 and rng.random() < self.mix:
-                partner = (i + 1 + int(rng.integers(len(bags) - 1))) % len(bags)
-                tokens, share = mixed(own, bags[partner], rng)
-            new.append(tokens)
-            partners.append(keys[partner][1])
-            shares.append(share)
-        return new, partners, shares
 
     def tokens(self, key: Key) -> Tokens:
         """The tokens of a patient in an epoch: all, or a random subset that depends on seed, epoch and patient."""

@@ -86,8 +86,14 @@ def to_tensor(pixels: np.ndarray, in_chans: int) -> Float[Tensor, "c h w"]:
         return x.expand(in_chans, -1, -1).contiguous()
     x = x.permute(2, 0, 1)
     if in_chans == 1:
-        return sum(w * x[c] for c, w in enumerate(_LUMINANCE))[None].clamp_(max=1.0)  # type: ignore[index]
+        return luminance(x).clamp_(max=1.0)
     return x.contiguous()
+
+
+def luminance(colour: Float[Tensor, "*b 3 h w"]) -> Float[Tensor, "*b 1 h w"]:
+    """Colour as grey: 0.299 R + 0.587 G + 0.114 B."""
+    red, green, blue = (w * colour.select(-3, c) for c, w in enumerate(_LUMINANCE))
+    return (red + green + blue).unsqueeze(-3)
 
 
 def check_pixels(pixels: np.ndarray) -> None:

@@ -3,6 +3,8 @@
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
+from multiprocessing.connection import wait
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +17,7 @@ from sansmax.data.augment import Augment
 from sansmax.data.images import to_tensor
 from sansmax.data.kept import KeptPixels
 from sansmax.data.preprocess import Preprocess
-from sansmax.data.sampling import EpochSampler, Key
+from sansmax.data.sampling import WHOLE, EpochSampler, Key, Share
 from sansmax.data.sets import ArrayImages, ImageSet
 from sansmax.errors import unknown_name
 
@@ -120,7 +122,14 @@ class ImageLoader(DataLoader):
         self.batch_sampler.start_at(epoch, batch)
 
     def __iter__(self) -> Any:
-        yield from super().__iter__()
+        try:
+            yield from super().__iter__()
+        except (OSError, EOFError) as error:
+            # a worker that ends while it hands over a batch breaks the connection before it counts as ended
+            workers = getattr(getattr(self, "_iterator", None), "_workers", [])
+            if not wait([w.sentinel for w in workers], timeout=1):
+                raise
+            raise RuntimeError("DataLoader worker (pid unknown) ended while it handed over a batch") from error
 
 
 def make_loader(
@@ -136,12 +145,14 @@ def make_loader(
     balanced: bool = False,
     cache: str = "auto",
     pin_memory: bool = False,
+    share: Share = WHOLE,
+    pairs: bool = False,
 ) -> ImageLoader:
     """A loader over an image set.
 
     `drop_last` leaves out an incomplete last batch; by default where the order is shuffled and there is a full one.
     `balanced` shows every class equally often. `cache` "auto" keeps decoded, resized pixels in memory where they
-    take less than 1 GiB; "none" does not.
+    take less than 1 GiB; "none" does not. With a `share` of several, this part of each batch, see `EpochSampler`.
     """
     if cache not in ("auto", "none"):
         raise unknown_name("cache", cache, ("auto", "none"))
@@ -155,12 +166,14 @@ def make_loader(
         shuffle=shuffle,
         drop_last=(shuffle and len(image_set) >= batch_size) if drop_last is None else drop_last,
         labels=image_set.labels if balanced else None,
+        share=share,
+        pairs=pairs,
     )
     return ImageLoader(
         dataset,
         batch_sampler=sampler,
         num_workers=workers,
-        collate_fn=_collate,
+        collate_fn=partial(_collate, (preprocess.in_chans, *preprocess.image_size)),
         pin_memory=pin_memory,
         persistent_workers=workers > 0,
         # the loader draws a seed for its workers, here and not from the global generator
@@ -183,6 +196,10 @@ def _room_for(dataset: TensorImages) -> KeptPixels | None:
     return KeptPixels(len(images), slot) if slot * len(images) < CACHE_LIMIT else None
 
 
-def _collate(items: list[tuple[Tensor, int, int]]) -> Batch:
+def _collate(shape: tuple[int, ...], items: list[tuple[Tensor, int, int]]) -> Batch:
+    if not items:
+        # a part of a batch without images
+        none = torch.zeros(0, dtype=torch.int64)
+        return Batch(torch.zeros(0, *shape), none, none)
     images, labels, indices = zip(*items, strict=True)
     return Batch(torch.stack(images), torch.tensor(labels), torch.tensor(indices))

@@ -1,7 +1,7 @@
 """Which images make which batch: a function of seed, epoch and batch number alone."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -11,12 +11,36 @@ from sansmax.errors import InputError
 Key = tuple[int, ...]
 
 
+class Share(NamedTuple):
+    """Part `number` of the `of` parts that a batch is shared out in."""
+
+    number: int = 0
+    of: int = 1
+
+    def positions(self, n: int, pairs: bool = False) -> list[int]:
+        """Where the samples of this part stand in a batch of n: side by side, nearly as many in each part.
+
+        With `pairs` the first and the last sample of a batch, the second and the last but one, and so on, are in one
+        part, in their order: they are mixed with each other.
+        """
+        if not pairs:
+            return list(range(n * self.number // self.of, n * (self.number + 1) // self.of))
+        half = n // 2
+        first, end = half * self.number // self.of, half * (self.number + 1) // self.of
+        middle = [half] if n % 2 and self.number == 0 else []
+        return [*range(first, end), *middle, *range(n - end, n - first)]
+
+
+WHOLE = Share()
+
+
 class EpochSampler(Sampler[list[Key]]):
     """Batches of keys (epoch, index); a training run can be taken up at any batch of any epoch.
 
     The order of an epoch depends on `seed` and the epoch. `labels`, where given, balances the classes: an epoch
     still has n images, of every class as many, the images of a class in turn; an image that comes again within an
-    epoch has the key (epoch, index, times before). State is read when the first batch is asked for.
+    epoch has the key (epoch, index, times before). State is read when the first batch is asked for. With a `share` of
+    several, a batch is this part of it, which can be empty; `pairs` as in `Share.positions`.
     """
 
     def __init__(
@@ -28,6 +52,8 @@ class EpochSampler(Sampler[list[Key]]):
         shuffle: bool = True,
         drop_last: bool = False,
         labels: np.ndarray | None = None,
+        share: Share = WHOLE,
+        pairs: bool = False,
     ):
         if batch_size < 1 or n < 1:
             raise InputError(f"batches need at least 1 image each, {n} images and batch_size {batch_size} were given")
@@ -35,6 +61,7 @@ class EpochSampler(Sampler[list[Key]]):
             raise InputError(f"{n} images make no full batch of {batch_size}; lower batch_size or keep the last batch")
         self.n, self.batch_size, self.seed, self.shuffle, self.drop_last = n, batch_size, seed, shuffle, drop_last
         self.labels = None if labels is None else np.asarray(labels)
+        self.share, self.pairs = share, pairs
         self._epoch = 0
         self._start = (0, 0)
 
@@ -69,7 +96,8 @@ class EpochSampler(Sampler[list[Key]]):
         epoch, first = self._start
         keys = self._keys(epoch)
         for batch in range(first, len(self)):
-            yield keys[batch * self.batch_size : (batch + 1) * self.batch_size]
+            whole = keys[batch * self.batch_size : (batch + 1) * self.batch_size]
+            yield [whole[i] for i in self.share.positions(len(whole), self.pairs)]
 
     def _keys(self, epoch: int) -> list[Key]:
         rng = np.random.default_rng([self.seed, epoch])

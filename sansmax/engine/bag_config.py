@@ -8,7 +8,16 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from sansmax.engine.config import ModelConfig, OptimConfig, Section, load_config, split_override
+from sansmax.engine.config import (
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    Precision,
+    Section,
+    TrackConfig,
+    load_config,
+    split_override,
+)
 
 # patients of a step; a step is the risk set of survival, and one with few events teaches little
 BATCH_SIZE, SURVIVAL_BATCH_SIZE = 16, 64
@@ -98,7 +107,9 @@ class BagOptimConfig(OptimConfig):
     @model_validator(mode="after")
     def _unmixed(self) -> "BagOptimConfig":
         if self.mixup or self.cutmix:
-            raise ValueError("mixup and cutmix mix images of one size; bags have tokens.keep and tokens.noise instead")
+            raise ValueError("mixup and cutmix mix images of one size; bags have tokens.mix and tokens.noise instead")
+        if self.loss == "bce":
+            raise ValueError("bce is the loss of several labels already (data.task=multilabel); leave it out, or focal")
         return self
 
 
@@ -109,9 +120,11 @@ class BagConfig(Section):
     model: ModelConfig = ModelConfig(name="seqnorm_slide_small")
     tokens: TokenConfig = TokenConfig()
     optim: BagOptimConfig = BagOptimConfig()
+    track: TrackConfig = TrackConfig()
+    parallel: ParallelConfig = ParallelConfig()
     epochs: int = Field(default=32, ge=1)
     batch_size: int | None = Field(default=None, ge=1)
-    """Patients of a step; none: 16, and 64 for survival, where a step is the risk set."""
+    """Patients of a step (of `grad_accum_steps` times as many); none: 16, and 64 for survival, the risk set."""
     balanced: bool = False
     """Show every class equally often."""
     seed: int = Field(default=0, ge=0)
@@ -120,10 +133,12 @@ class BagConfig(Section):
     patience: int | None = Field(default=None, ge=1)
     """Stop after so many epochs without a better `monitor`."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    precision: Literal["32", "bf16"] = "32"
-    """float16 is not there: sums over many tokens leave its range."""
+    precision: Precision = "32"
+    """32, bf16 (autocast), or 16 (autocast to float16 with a scaled loss)."""
     checkpoint_minutes: float = Field(default=5.0, gt=0.0)
     """A checkpoint is written after every epoch, and within an epoch after so many minutes."""
+    checkpoint_steps: int | None = Field(default=None, ge=1)
+    """And after so many steps of the optimiser."""
 
     @field_validator("model", mode="before")
     @classmethod
@@ -137,8 +152,9 @@ class BagConfig(Section):
         return self
 
     def patients(self, task: str) -> int:
-        """Patients of a step."""
-        return self.batch_size or (SURVIVAL_BATCH_SIZE if task == "survival" else BATCH_SIZE)
+        """Patients of a step: of `optim.grad_accum_steps` batches, which are one risk set and one set to mix in."""
+        batch = self.batch_size or (SURVIVAL_BATCH_SIZE if task == "survival" else BATCH_SIZE)
+        return batch * self.optim.grad_accum_steps
 
 
 def load_bag_config(file: str | Path | None = None, overrides: list[str] | dict[str, Any] | None = None) -> BagConfig:

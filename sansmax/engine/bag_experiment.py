@@ -21,8 +21,12 @@ from sansmax.engine.bag_run import BagRun, build_slide_network
 from sansmax.engine.bag_train import fit_bags, predict_run
 from sansmax.engine.callbacks import METRICS
 from sansmax.engine.cross_validate import MARK, CrossValidation, cross_validate, without_empty
+from sansmax.engine.launch import launch
+from sansmax.engine.processes import Processes, check_alone, joined, processes_to_start
 from sansmax.engine.progress import Reporter
 from sansmax.engine.run import is_run, read_json
+from sansmax.engine.trackers import check_trackers
+from sansmax.engine.watching import send_results
 from sansmax.errors import InputError
 from sansmax.report.case_metrics import CaseMetrics
 from sansmax.report.case_page import headline, report_cases
@@ -50,12 +54,33 @@ def train_bags(
     Raises InputError for wrong input, and `Stopped` when asked to stop by Ctrl-C or SIGTERM (everything is saved).
     """
     output, reporter = Path(output), reporter or Reporter(quiet=True)
+    how: dict[str, Any] = {"resume": resume, "overwrite": overwrite, "command": command}
+    if count := processes_to_start(config.parallel):
+        launch("bags", config, output, count, reporter, **how)
+        return BagRun.open(output)
+    with joined(config.parallel, config.device) as processes:
+        return _train_bags(config, output, processes, reporter if processes.is_first else Reporter(quiet=True), **how)
+
+
+def _train_bags(
+    config: BagConfig,
+    output: Path,
+    processes: Processes,
+    reporter: Reporter,
+    *,
+    resume: bool,
+    overwrite: bool,
+    command: str,
+) -> BagRun | CrossValidation:
+    """`train_bags`, as each of the processes does it; the first one alone writes."""
     bags, cases = open_experiment(config.data, reporter)
-    # a wrong name or argument of the network is said before anything is written
+    # a missing tracker, a wrong name or argument of the network is said before anything is written
+    check_trackers(config.track)
     build_slide_network(config.model.model_copy(update={"pretrained": False}), bags.width or 1, cases.outputs)
     how: dict[str, Any] = {"resume": resume, "reporter": reporter, "command": command}
     d = config.data
     if d.folds or len(cases.folds) > 1:
+        check_alone(config.parallel)
         if overwrite:
             raise InputError("a cross-validation is not overwritten; remove its folder, or give another --output")
         shares = {"val_share": d.val_fraction, "by_site": d.by_site, "seed": config.seed}
@@ -64,8 +89,9 @@ def train_bags(
     fold = single_split(cases, d, config.seed)
     cases = replace(cases, notes=(*cases.notes, *notes))
     inside = cases.take((*fold.train, *fold.val))
-    run = fit_bags(config, None, bags, inside, fold.train, fold.val, output, overwrite=overwrite, **how)
-    report_run(run, bags, cases, fold, reporter)
+    how |= {"overwrite": overwrite, "processes": processes}
+    run = fit_bags(config, None, bags, inside, fold.train, fold.val, output, **how)
+    processes.first(lambda: report_run(run, bags, cases, fold, reporter))
     return run
 
 
@@ -111,6 +137,8 @@ def report_run(run: BagRun, bags: BagFolder, cases: Cases, fold: Fold, reporter:
     info = {**run.info, "model": run.config.model.name, "monitor": run.config.monitor}
     rows = read_rows(run.folder / METRICS)
     metrics = report_cases(run.folder, preds, part, [bags.note, *cases.notes], info, rows)
+    pictures = {path.stem: path for path in sorted(run.folder.glob("*.png"))}
+    send_results(run.folder, run.config, {part: metrics.scores}, pictures, reporter.say)
     reporter.say(headline(metrics, part).replace("*", ""))
     return metrics
 

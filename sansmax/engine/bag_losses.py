@@ -5,6 +5,9 @@ multilabel      binary cross entropy of each label; unknown labels (NaN) count n
 regression      squared error of targets standardised by the training patients; unknown targets count nowhere
 survival        negative partial log-likelihood of Cox over the step, divided by its events
 
+With a focal power gamma the terms of the first two are multiplied by (1 - p)^gamma, p being the probability of what is
+right (https://arxiv.org/abs/1708.02002).
+
 The risk set of survival is the step: its patients whose time is not shorter. The likelihood is that of Cox (1972), ties
 by Efron (1977) or Breslow (1974).
 
@@ -18,7 +21,9 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
+from torchvision.ops import sigmoid_focal_loss
 
+from sansmax.engine.losses import focal_losses
 from sansmax.errors import InputError
 
 
@@ -27,7 +32,7 @@ class Objective:
     """The loss of a task.
 
     `class_weights` (c,) weight the classes, or of several labels the positive side of each. `mean` and `scale` (c,)
-    standardise targets of regression.
+    standardise targets of regression. `focal` is the power gamma of a focal loss, None for none.
     """
 
     task: str
@@ -36,19 +41,29 @@ class Objective:
     mean: Tensor | None = None
     scale: Tensor | None = None
     ties: str = "efron"
+    focal: float | None = None
 
     @classmethod
     def of(
-        cls, task: str, targets: np.ndarray, classes: int, weighted: bool, smoothing: float, ties: str
+        cls,
+        task: str,
+        targets: np.ndarray,
+        classes: int,
+        weighted: bool,
+        smoothing: float,
+        ties: str,
+        focal: float | None = None,
     ) -> "Objective":
         """The loss for training patients with these targets (as `Cases.targets`).
 
         Raises InputError where nothing can be learned of them.
         """
         _check(task, targets, classes)
+        if focal is not None and task not in ("classification", "multilabel"):
+            raise InputError(f"the focal loss is of classes, and the task is {task}; leave out optim.loss")
         weights = _class_weights(task, targets, classes) if weighted else None
         if task != "regression":
-            return cls(task, weights, smoothing, ties=ties)
+            return cls(task, weights, smoothing, ties=ties, focal=focal)
         mean, scale = np.nanmean(targets, axis=0), np.nanstd(targets, axis=0)
         # a target that is the same for all is only moved
         scale = np.where(scale > 0, scale, 1.0)
@@ -75,18 +90,32 @@ class Objective:
         outputs = outputs.float() if outputs.dtype in (torch.float16, torch.bfloat16) else outputs
         weights = None if self.class_weights is None else self.class_weights.to(outputs)
         if self.task == "classification":
-            how = {"weight": weights, "label_smoothing": self.smoothing}
-            each = F.cross_entropy(outputs, targets, reduction="none", **how)
+            each = self._by_class(outputs, targets, weights)
             return each.sum() if shares is None else (each * shares.to(each)).sum()
         known = targets.isfinite()
         y = targets.nan_to_num(0.0).to(outputs)
         if self.task == "multilabel":
             y = y * (1 - self.smoothing) + self.smoothing / 2
-            each = F.binary_cross_entropy_with_logits(outputs, y, pos_weight=weights, reduction="none") * known
+            each = self._by_label(outputs, y, weights) * known
         else:
             assert self.mean is not None and self.scale is not None
             each = (outputs - (y - self.mean.to(outputs)) / self.scale.to(outputs)).square() * known
         return each.sum() if shares is None else (each * shares.to(each).unsqueeze(1)).sum()
+
+    def _by_class(self, outputs: Float[Tensor, "k c"], targets: Tensor, weights: Tensor | None) -> Float[Tensor, "k"]:
+        if self.focal is None:
+            how = {"weight": weights, "label_smoothing": self.smoothing}
+            return F.cross_entropy(outputs, targets, reduction="none", **how)
+        each = focal_losses(outputs, targets, self.focal)
+        return each if weights is None else each * weights[targets]
+
+    def _by_label(
+        self, outputs: Float[Tensor, "k c"], y: Float[Tensor, "k c"], weights: Tensor | None
+    ) -> Float[Tensor, "k c"]:
+        if self.focal is None:
+            return F.binary_cross_entropy_with_logits(outputs, y, pos_weight=weights, reduction="none")
+        each = sigmoid_focal_loss(outputs, y, alpha=-1, gamma=self.focal)
+        return each if weights is None else each * torch.where(y > 0, weights, torch.ones_like(weights))
 
     def weight(self, targets: Tensor, shares: Float[Tensor, "k"] | None = None) -> Float[Tensor, ""]:
         """What the sum of a step is divided by: the weights of its patients, or how many targets are known."""

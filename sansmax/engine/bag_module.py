@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from sansmax.data.bag_loading import Pack
 from sansmax.engine.bag_config import OptimConfig, TokenConfig
 from sansmax.engine.bag_losses import Objective
+from sansmax.engine.loss_scale import LossScale, skipped_step
 from sansmax.engine.module import Classifier, not_finite
 from sansmax.models.slide import FeatureNetwork
 
@@ -39,23 +40,28 @@ class BagModule(Classifier):
         super().__init__(network, optim, network.num_classes, epochs, steps_per_epoch, seed)
         self.tokens, self.objective = tokens, objective
         self.automatic_optimization = False
+        # a step is one batch of the loader, in as many packs as it takes
+        self.batches_per_step = 1
         self.register_buffer("targets", _tensor(targets), persistent=False)
-        self.val_indices: list[Tensor] = []
 
     def training_step(self, batch: list[Pack], batch_idx: int) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """One step of the optimiser over the packs of a batch."""
+        """One step of the optimiser over the packs of a batch, which the processes share out."""
         optimizer: Any = self.optimizers()
         optimizer.zero_grad()
         self.last_loss = self.accumulate(batch)
+        self.processes.sum_gradients(list(self.network.parameters()))
         if not np.isfinite(self.last_loss):
             raise not_finite("the loss", self.global_step + 1, self.current_epoch, self.optim)
+        plugin = self.trainer.precision_plugin
+        if isinstance(plugin, LossScale):
+            plugin.unscale(optimizer.optimizer)
         if self.optim.clip_grad is not None:
             self.clip_gradients(optimizer, self.optim.clip_grad, "norm")
         optimizer.step()
         scheduler: Any = self.lr_schedulers()
         if scheduler is not None:
             self.lr_scheduler_step(scheduler, None)
-        if self.ema is not None:
+        if self.ema is not None and not skipped_step(self):
             self.ema.update(self.network, step=self.global_step)
 
     def accumulate(self, packs: list[Pack]) -> float:
@@ -63,20 +69,30 @@ class BagModule(Classifier):
         o, targets = self.objective, [self._targets(p) for p in packs]
         if o.separable:
             weights = [o.weight(t, shares) for pairs in targets for t, shares in pairs]
-            whole = torch.stack(weights).sum().clamp_min(1e-12)
+            own = torch.stack(weights).sum() if weights else o.weight(self.get_buffer("targets")[:0])
+            whole = self.processes.summed(own).clamp_min(1e-12)
             parts = enumerate(zip(packs, targets, strict=True))
-            return sum(self._backward(self._total(self.outputs(p, i), pairs) / whole) for i, (p, pairs) in parts)
-        every = torch.cat([pairs[0][0] for pairs in targets])
-        if len(packs) == 1:
-            return self._backward(o.loss(self.outputs(packs[0], 0), every))
+            loss = sum(self._backward(self._total(self.outputs(p, i), pairs) / whole) for i, (p, pairs) in parts)
+            return float(self.processes.summed(own.new_tensor(loss)))
+        every = [pairs[0][0] for pairs in targets]
+        if len(packs) == 1 and self.processes.data_world == 1:
+            return self._backward(o.loss(self.outputs(packs[0], 0), every[0]))
         with torch.no_grad():
-            outputs = torch.cat([self.outputs(p, i) for i, p in enumerate(packs)])
-        outputs.requires_grad_()
-        loss = o.loss(outputs, every)
-        by_outputs = torch.autograd.grad(loss, outputs)[0].split([len(p.indices) for p in packs])
-        for i, (p, by) in enumerate(zip(packs, by_outputs, strict=True)):
+            outputs = [self.outputs(p, i) for i, p in enumerate(packs)]
+        loss, by_own = self._of_all(outputs, every)
+        for i, (p, by) in enumerate(zip(packs, by_own.split([len(p.indices) for p in packs]), strict=True)):
             self._backward((self.outputs(p, i) * by).sum())
-        return float(loss.detach())
+        return loss
+
+    def _of_all(self, outputs: list[Tensor], targets: list[Tensor]) -> tuple[float, Tensor]:
+        """The loss of the outputs of all processes together, and its gradient by one's own."""
+        columns = self.network.get_parameter("head.weight").new_zeros(0, 1)
+        own, truth = torch.cat([columns, *outputs]), torch.cat([self.get_buffer("targets")[:0], *targets])
+        whose = self.processes.gathered(torch.full((len(own),), self.processes.data_rank))
+        every = self.processes.gathered(own).to(own.device).requires_grad_()
+        loss = self.objective.loss(every, self.processes.gathered(truth).to(own.device))
+        mine = (whose == self.processes.data_rank).to(own.device)
+        return float(loss.detach()), torch.autograd.grad(loss, every)[0][mine]
 
     def _targets(self, pack: Pack) -> list[tuple[Tensor, Tensor | None]]:
         """Targets of a pack's bags, and how much each counts: of mixed bags those of both patients."""
@@ -93,25 +109,28 @@ class BagModule(Classifier):
         return float(loss.detach())
 
     def outputs(self, pack: Pack, number: int) -> Tensor:
-        """What the network gives for the bags of a pack in training, random numbers by seed, step and pack alone."""
-        words = np.random.SeedSequence([self.seed, self.global_step, number]).generate_state(1)
-        torch.manual_seed(int(words[0]))
+        """What the network gives for the bags of a pack in training, random numbers by seed, step and pack."""
+        words = np.random.SeedSequence([self.seed, self.global_step, number, self.processes.data_rank])
+        torch.manual_seed(int(words.generate_state(1)[0]))
         features = pack.features
         if self.tokens.noise:
             features = features + torch.randn_like(features) * (self.tokens.noise * features.std())
         features = F.dropout(features, self.tokens.drop)
-        return run_pack(self.network, pack._replace(features=features)).float()
-
-    def on_validation_epoch_start(self) -> None:
-        """Forgets the predictions of the last validation."""
-        super().on_validation_epoch_start()
-        self.val_indices.clear()
+        return run_pack(self.shared(self.network), pack._replace(features=features)).float()
 
     def validation_step(self, batch: list[Pack], batch_idx: int) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Collects outputs, and whose they are."""
         for pack in batch:
-            self.val_logits.append(run_pack(self.evaluated, pack).float().cpu())
+            self.val_logits.append(run_pack(self.shared(self.evaluated), pack).float().cpu())
             self.val_indices.append(pack.indices.cpu())
+
+    def validated(self) -> tuple[Tensor, ...]:
+        """Outputs of all validation patients in their order, whichever process had them."""
+        width: Any = self.network.num_classes
+        outputs = self.val_logits or [torch.zeros(0, width)]
+        indices = self.val_indices or [torch.zeros(0, dtype=torch.int64)]
+        outputs, indices = (self.processes.gathered(torch.cat(kept)) for kept in (outputs, indices))
+        return (outputs[indices.argsort()],)
 
     def kept(self) -> nn.Module:
         """The network whose weights a run keeps: its outputs are in the units of the targets."""

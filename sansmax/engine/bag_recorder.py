@@ -13,7 +13,7 @@ from sansmax.data.bag_loading import Pack
 from sansmax.engine.bag_config import BagConfig
 from sansmax.engine.bag_losses import Objective
 from sansmax.engine.bag_module import BagModule
-from sansmax.engine.callbacks import Recorder
+from sansmax.engine.callbacks import Recorder, in_words
 from sansmax.engine.module import Classifier, not_finite
 from sansmax.engine.progress import Bar
 from sansmax.engine.stopping import StopSignal
@@ -39,21 +39,33 @@ class BagRecorder(Recorder):
     ) -> None:
         super().__init__(folder, config, stop, bar, batches)  # pyright: ignore[reportArgumentType] - the same keys
         self.targets, self.classes, self.tokens_here = targets, classes, 0
+        self.watchers.picture = "learning.png"
         self.score = f"val_{PRIMARY[task][0]}"
         self.columns: Sequence[str] = (*COLUMNS, self.score, SPEED)
 
     def speed(self, batch: list[Pack]) -> str:
         """Tokens per second, in words."""
         self.tokens_here += sum(sum(pack.lengths) for pack in batch)
-        return f"{self._rate():,.0f} tokens/s"
+        # other processes have nearly as many
+        return f"{self._rate(self.tokens_here * self.processes.data_world):,.0f} tokens/s"
 
-    def _rate(self) -> float:
-        return self.tokens_here / max(time.monotonic() - self.started, 1e-9)
+    def _rate(self, tokens: float) -> float:
+        return tokens / max(time.monotonic() - self.started, 1e-9)
 
     @property
     def state_key(self) -> str:
         """Where the checkpoint keeps its state: under the name that every run has."""
         return Recorder.__qualname__
+
+    def blamed(self, trainer: pl.Trainer, batch: list[Pack]) -> str:
+        """What a step held, in words: its slides, and those among them that are not finite themselves."""
+        loader: Any = trainer.train_dataloader
+        names, bad = [], []
+        for pack in batch:
+            for i, tokens in zip(pack.indices.tolist(), pack.features[0].split(pack.lengths), strict=True):
+                names.append(" + ".join(loader.reader.slides[i]))
+                bad += [] if tokens.isfinite().all() else names[-1:]
+        return in_words("slides", self.processes.joined_lists(names), self.processes.joined_lists(bad))
 
     def watched(self, row: dict[str, Any]) -> float | None:
         """The figure by which the best epoch is chosen."""
@@ -63,9 +75,9 @@ class BagRecorder(Recorder):
         """The figures of an epoch."""
         assert isinstance(module, BagModule)
         figures: dict[str, float | None] = {"val_loss": None}
-        if module.val_logits:
-            order = torch.cat(module.val_indices).argsort()
-            outputs = torch.cat(module.val_logits)[order]
+        tokens = float(self.processes.summed(torch.tensor(float(self.tokens_here), device=module.device)))
+        if len(self.targets):
+            (outputs,) = module.validated()
             if not outputs.isfinite().all():
                 raise not_finite("the validation", trainer.global_step, trainer.current_epoch, self.config.optim)
             figures = validation_figures(module.objective, outputs, self.targets, self.classes)
@@ -73,10 +85,10 @@ class BagRecorder(Recorder):
             "epoch": trainer.current_epoch + 1,
             "step": trainer.global_step,
             "seconds": round(self.seconds, 2),
-            "lr": trainer.optimizers[0].param_groups[0]["lr"],
+            "lr": max(group["lr"] for group in trainer.optimizers[0].param_groups),
             "train_loss": self.loss_sum / self.loss_count,
             **figures,
-            SPEED: round(self._rate(), 1),
+            SPEED: round(self._rate(tokens), 1),
         }
 
     def line(self, row: dict[str, Any]) -> str:

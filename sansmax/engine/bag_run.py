@@ -6,10 +6,11 @@ splits.csv         which patient was in which part
 data.txt           what was found in bags and table, and who was left out
 metrics.csv        a row per epoch
 model.safetensors  the best weights so far; outputs are in the units of the targets
-last.ckpt          everything needed to go on
+last.ckpt          everything needed to go on; previous.ckpt is the one before it
 predictions_val.csv, metrics.json    written at the end
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 from torch import nn
 
 from sansmax.engine.bag_config import BagConfig, load_bag_config
+from sansmax.engine.build import converted
 from sansmax.engine.config import ModelConfig, dump_config
 from sansmax.engine.run import MARKS, environment, is_run, load_weights, read_json, write_json
 from sansmax.engine.stopping import resume_command
@@ -105,10 +107,28 @@ def is_bag_run(folder: str | Path) -> bool:
 
 
 def build_slide_network(model: ModelConfig, in_features: int, outputs: int) -> FeatureNetwork:
-    """The network of a configuration, for features of this width.
+    """The network of a configuration, for features of this width, with the attention of `model.convert` if given.
 
     Raises InputError for an unknown name (nearest ones), a network that reads images, and wrong arguments.
     """
+    network = converted(create_slide_network(model, in_features, outputs), model)
+    assert isinstance(network, FeatureNetwork)
+    return network
+
+
+def start_slide_network(
+    model: ModelConfig, in_features: int, outputs: int, say: Callable[[str], None] | None = None
+) -> FeatureNetwork:
+    """`build_slide_network`, with the weights it is to start from and in the state in which it is trained."""
+    from sansmax.engine.starting import started
+
+    network = started(create_slide_network(model, in_features, outputs), model, say)
+    assert isinstance(network, FeatureNetwork)
+    return network
+
+
+def create_slide_network(model: ModelConfig, in_features: int, outputs: int) -> FeatureNetwork:
+    """The network by its name alone, before any conversion."""
     from sansmax.models import list_models
 
     name = model.name

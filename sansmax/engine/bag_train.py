@@ -9,20 +9,23 @@ import torch
 
 from sansmax.data.bag_loading import BagLoader, Bags, Keep, empty_cases
 from sansmax.data.bags.cases import Cases
+from sansmax.data.sampling import WHOLE, Share
 from sansmax.engine.bag_config import BagConfig
 from sansmax.engine.bag_losses import Objective
 from sansmax.engine.bag_predict import predict_bags, predict_run, reader_for
-from sansmax.engine.bag_run import BagRun, build_slide_network, write_start
+from sansmax.engine.bag_run import BagRun, start_slide_network, write_start
 from sansmax.engine.build import num_parameters
 from sansmax.engine.config import differences
+from sansmax.engine.processes import Processes, check_alone, check_shared_out, joined, processes_to_start
 from sansmax.engine.progress import Reporter
 from sansmax.engine.run import check_folder, explained_disk, is_run, prepare_folder, write_json
+from sansmax.engine.starting import at_hand, write_report
 from sansmax.engine.stopping import StopNow, Stopped, StopSignal
-from sansmax.engine.train import recorder_state, run_lightning
+from sansmax.engine.trackers import check_trackers
 from sansmax.errors import InputError, listed
 from sansmax.files import write_text
 from sansmax.models.slide import FeatureNetwork
-from sansmax.report.tables import as_csv, truncate_rows
+from sansmax.report.tables import as_csv
 
 __all__ = ["BagRun", "fit_bags", "fit_or_resume", "predict_bags", "predict_run"]
 
@@ -43,17 +46,31 @@ def fit_bags(
     overwrite: bool = False,
     reporter: Reporter | None = None,
     command: str = "",
+    processes: Processes | None = None,
 ) -> BagRun:
     """Trains on the cases `train_ids`, chooses the epoch by `val_ids`, and leaves everything in `folder`.
 
     `network` None: that of the configuration, its start drawn by the seed. Cases without a token are left out and
     listed in data.txt. With `resume` a run that was stopped goes on where it was, and ends as one that never stopped;
-    a finished one is given back. Nothing but these cases is looked at.
+    a finished one is given back. Nothing but these cases is looked at. Under torchrun or SLURM all processes call this
+    and train together; `processes` are those that have met already.
 
     Raises InputError for wrong input, and `Stopped` when asked to stop by Ctrl-C or SIGTERM (everything is saved).
     """
-    folder, reporter = Path(folder), reporter or Reporter(quiet=True)
-    check_folder(folder, overwrite=overwrite, resume=resume)
+    if processes is None:
+        if count := processes_to_start(config.parallel):
+            raise InputError(
+                f"bags in the memory of one process cannot be trained on by {count}: start them with torchrun, or give "
+                "files to `sansmax train --devices`"
+            )
+        with joined(config.parallel, config.device) as met:
+            how: dict[str, Any] = {"resume": resume, "overwrite": overwrite, "reporter": reporter, "command": command}
+            return fit_bags(config, network, bags, cases, train_ids, val_ids, folder, processes=met, **how)
+    folder = Path(folder)
+    reporter = reporter if reporter is not None and processes.is_first else Reporter(quiet=True)
+    processes.first(lambda: check_folder(folder, overwrite=overwrite, resume=resume))
+    check_trackers(config.track)
+    check_shared_out(config.parallel.strategy, config.precision, config.parallel.sequence_parallel, packs=True)
     train, val, notes = _parts(bags, cases, train_ids, val_ids)
     if resume:
         _check_same(folder, config, train, val)
@@ -63,21 +80,32 @@ def fit_bags(
     if not len(val) and (config.monitor != "last" or config.patience):
         raise InputError("there are no patients to validate with: give some, or --set monitor=last")
     o = config.optim
-    objective = Objective.of(cases.task, train.targets, cases.outputs, o.class_weights, o.smoothing, o.ties)
+    focal = o.focal_gamma if o.loss == "focal" else None
+    objective = Objective.of(cases.task, train.targets, cases.outputs, o.class_weights, o.smoothing, o.ties, focal)
     torch.manual_seed(config.seed)
     width = _width(bags, network)
-    network = network or build_slide_network(config.model, width, cases.outputs)
+    started: list[str] = []
+    if network is None:
+        network = start_slide_network(at_hand(config.model, folder, resume), width, cases.outputs, started.append)
+    if processes.sequence > 1:
+        from sansmax.engine.parallel import check_no_token_randomness, check_shardable
+
+        check_shardable(network)
+        check_no_token_randomness(network.train())
     with explained_disk(folder):
+        processes.check_same("the patients, or their parts,", _splits(train, val))
         if not resume:
-            prepare_folder(folder, overwrite=overwrite, resume=False)
-            _write_new(folder, config, cases, train, val, bags, width, notes, command)
+            written = (folder, config, cases, train, val, bags, width, notes, command, overwrite, started)
+            processes.first(lambda: _write_new(*written))
+        for line in started:
+            reporter.say(line)
         reporter.say(
             f"{config.model.name}: {num_parameters(network):,} parameters; {len(train):,} patients to train on, "
             f"{len(val):,} to validate; run in {folder}"
         )
         try:
-            _fit(config, folder, network, objective, bags, train, val, resume, reporter)
-            return _finish(folder, bags, val)
+            _fit(config, folder, network, objective, bags, train, val, resume, reporter, processes)
+            return processes.first(lambda: _finish(folder, bags, val)) or BagRun.open(folder)
         except (KeyboardInterrupt, StopNow):
             raise Stopped("stopped at once; what was written before is kept", folder) from None
 
@@ -92,6 +120,7 @@ def fit_or_resume(
     reporter: Reporter | None = None,
 ) -> None:
     """`fit_bags` for one of many runs: goes on with what is in the folder, even where a kill left half a start."""
+    check_alone(config.parallel)
     folder = Path(folder)
     there = is_run(folder)
     if not there and folder.is_dir():
@@ -162,7 +191,10 @@ def _write_new(
     width: int,
     notes: list[str],
     command: str,
+    overwrite: bool,
+    started: list[str],
 ) -> None:
+    prepare_folder(folder, overwrite=overwrite, resume=False)
     info = {
         "task": cases.task,
         "target": list(cases.target),
@@ -175,6 +207,7 @@ def _write_new(
     write_text(folder / "data.txt", "\n".join(line for line in said if line) + "\n")
     write_text(folder / "splits.csv", _splits(train, val))
     write_start(folder, config, info, command)
+    write_report(folder, started)
 
 
 def _fit(
@@ -187,52 +220,37 @@ def _fit(
     val: Cases,
     resume: bool,
     reporter: Reporter,
+    processes: Processes,
 ) -> None:
     from sansmax.engine.bag_module import BagModule
     from sansmax.engine.bag_recorder import BagRecorder
+    from sansmax.engine.checkpoints import take_up
+    from sansmax.engine.trainer import run_lightning
 
-    train_loader, val_loader = loaders(config, network, bags, train, val)
+    train_loader, val_loader = loaders(config, network, bags, train, val, processes.share)
     steps = len(train_loader)
     module = BagModule(
         network, config.optim, config.tokens, objective, train.targets, config.epochs, steps, config.seed
     )
-    go_on, checkpoint = _taken_up(folder, train_loader, reporter) if resume else (True, None)
-    if not go_on:
+    checkpoint = processes.in_turn(lambda: take_up(folder, train_loader, reporter.say)) if resume else None
+    if checkpoint is not None and checkpoint.finished:
         return
     stop = StopSignal()
     with stop.listening(), reporter.bar("training") as bar:
         recorder = BagRecorder(folder, config, stop, bar, steps, train.task, val.targets, val.outputs)
-        run_lightning(config, module, recorder, train_loader, val_loader, checkpoint)
-
-
-def _taken_up(folder: Path, loader: BagLoader, reporter: Reporter) -> tuple[bool, str | None]:
-    """Whether there is something left to train, and the checkpoint to go on from."""
-    from sansmax.engine.callbacks import CHECKPOINT, METRICS
-
-    checkpoint, steps = folder / CHECKPOINT, len(loader)
-    if not checkpoint.exists():
-        reporter.say("the run was stopped before its first checkpoint: starting from the beginning")
-        truncate_rows(folder / METRICS, step=0)
-        return True, None
-    state = recorder_state(checkpoint)
-    if state["finished"]:
-        return False, None
-    epoch, batch = state["next_batch"]
-    loader.start_at(epoch, batch)
-    reporter.say(f"going on at epoch {epoch + 1}, batch {batch + 1} of {steps}")
-    truncate_rows(folder / METRICS, step=epoch * steps)
-    return True, str(checkpoint)
+        run_lightning(config, module, recorder, train_loader, val_loader, checkpoint, processes)
 
 
 def loaders(
-    config: BagConfig, network: FeatureNetwork, bags: Bags, train: Cases, val: Cases
+    config: BagConfig, network: FeatureNetwork, bags: Bags, train: Cases, val: Cases, share: Share = WHOLE
 ) -> tuple[BagLoader, BagLoader | None]:
-    """The loaders of training and validation patients; none of validation where there are none."""
+    """The loaders of training and validation patients, for a share of each step; none where there are no patients."""
     t, readers = config.tokens, [reader_for(network, bags, part) for part in (train, val)]
     common: dict[str, Any] = {
         "batch_size": config.patients(train.task),
         "pack_tokens": t.batch_tokens,
         "workers": config.data.workers,
+        "share": share,
     }
     if config.balanced and train.task != "classification":
         raise InputError(f"balanced shows classes equally often, and the task is {train.task}; leave it out")

@@ -9,14 +9,30 @@ from torch import nn
 from sansmax.data.loading import Preprocess
 from sansmax.engine.config import DataConfig, ModelConfig
 from sansmax.errors import InputError, unknown_name
+from sansmax.models.convert import convert
 
 
 def build_model(model: ModelConfig, data: DataConfig, num_classes: int, in_chans: int) -> nn.Module:
-    """The network, for pictures of `data.image_size`.
+    """The network, for pictures of `data.image_size`, with the attention of `model.convert` where that is given.
 
-    Raises InputError for an unknown model (nearest names), an argument the model does not take, and an image size
-    that its patches do not divide.
+    Raises InputError for an unknown model (nearest names), an argument the model does not take, an image size that its
+    patches do not divide, and a conversion that the network does not allow.
     """
+    return converted(create_model(model, data, num_classes, in_chans), model)
+
+
+def converted(network: nn.Module, model: ModelConfig) -> nn.Module:
+    """The network with the attention of `model.convert`, as it is where there is none."""
+    if model.convert is None:
+        return network
+    try:
+        return convert(network, model.convert)
+    except ValueError as error:
+        raise InputError(f"model.convert={model.convert!r} on {model.name}: {error}") from None
+
+
+def create_model(model: ModelConfig, data: DataConfig, num_classes: int, in_chans: int) -> nn.Module:
+    """The network by its name alone, before any conversion."""
     name = model.name
     local = name.startswith(("hf-hub:", "hf_hub:", "local-dir:"))
     if not local and not timm.is_model(name.split(".")[0]):

@@ -5,14 +5,22 @@ Names are timm's. A value is set by its dotted name, `optim.lr=3e-4`, or by its 
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from sansmax.errors import InputError
 
 Config = TypeVar("Config", bound=BaseModel)
+
+
+def _as_text(value: Any) -> Any:
+    """A whole number as text: YAML and the command line read 16 as a number."""
+    return f"{value:.0f}" if isinstance(value, int | float) and value == int(value) else value
+
+
+Precision = Annotated[Literal["32", "bf16", "16"], BeforeValidator(_as_text)]
 
 
 class Section(BaseModel):
@@ -65,8 +73,28 @@ class ModelConfig(Section):
     name: str = "seqnorm_vit_tiny_patch16_224"
     pretrained: bool = False
     """Start from the weights that timm has for the name (downloads them)."""
+    initial_checkpoint: str | None = None
+    """Start from these weights: a file or run that `sansmax.load_checkpoint` reads; a head of other classes is new."""
+    convert: str | None = None
+    """Swap the attention for this one once the weights are there, as `sansmax.convert` does."""
+    freeze: tuple[str, ...] = ()
+    """Parameters that stay as they are: names of theirs or of layers, with * for anything, or "backbone" for all but
+    the classifier."""
+    grad_checkpointing: bool = False
+    """Make activations again in the backward pass: less memory, a third more time, the same numbers."""
     options: dict[str, Any] = {}
     """Further arguments of `timm.create_model`: `model.options.depth=6`."""
+
+    @field_validator("freeze", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _one_start(self) -> "ModelConfig":
+        if self.pretrained and self.initial_checkpoint is not None:
+            raise ValueError("give pretrained or initial_checkpoint: a network starts from one set of weights")
+        return self
 
 
 class AugmentConfig(Section):
@@ -106,6 +134,12 @@ class OptimConfig(Section):
     """Optimiser, schedule and loss (timm)."""
 
     opt: str = "adamw"
+    opt_betas: tuple[float, ...] | None = None
+    """Decay rates of an optimiser's averages; none: its own."""
+    opt_eps: float | None = Field(default=None, gt=0.0)
+    """Smallest denominator of an optimiser; none: its own."""
+    momentum: float = Field(default=0.9, ge=0.0, lt=1.0)
+    """Of optimisers that have one (SGD, Muon, ...)."""
     lr: float = Field(default=1e-3, gt=0.0)
     weight_decay: float = Field(default=0.05, ge=0.0)
     sched: Literal["cosine", "constant"] = "cosine"
@@ -115,14 +149,87 @@ class OptimConfig(Section):
     layer_decay: float | None = Field(default=None, gt=0.0, le=1.0)
     clip_grad: float | None = Field(default=1.0, gt=0.0)
     """Largest norm of the gradient."""
+    grad_accum_steps: int = Field(default=1, ge=1)
+    """Batches whose gradients make one step of the optimiser: that of one batch of all their images."""
+    loss: Literal["cross_entropy", "bce", "focal"] = "cross_entropy"
+    """bce: a yes or no for each class (timm); focal: images that are answered well count less (Lin et al. 2017)."""
+    focal_gamma: float = Field(default=2.0, ge=0.0)
+    """How much less: an image of probability p counts (1 - p) to this power; 0 is cross entropy."""
     smoothing: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Label smoothing."""
     class_weights: bool = False
     """Weight the loss by the inverse frequency of the classes."""
     mixup: float = Field(default=0.0, ge=0.0)
     cutmix: float = Field(default=0.0, ge=0.0)
+    mixup_prob: float = Field(default=1.0, ge=0.0, le=1.0)
+    """Share of the batches that mixup or CutMix mixes."""
+    mixup_switch_prob: float = Field(default=0.5, ge=0.0, le=1.0)
+    """Share of the mixed batches that CutMix mixes, where both are on."""
+    mixup_off_epoch: int | None = Field(default=None, ge=1)
+    """Epochs after which nothing is mixed any more; none: mixed to the end."""
     model_ema_decay: float | None = Field(default=None, gt=0.0, lt=1.0)
     """Evaluate and keep an exponential moving average of the weights."""
+
+    @model_validator(mode="after")
+    def _hard_labels(self) -> "OptimConfig":
+        if self.loss == "focal" and (self.mixup or self.cutmix or self.smoothing):
+            raise ValueError(
+                "the focal loss cannot be combined with mixup, cutmix or smoothing: it asks how probable the one right "
+                "class is; leave them out, or take loss=cross_entropy or loss=bce"
+            )
+        return self
+
+
+class DistillConfig(Section):
+    """Learning from a trained network beside the labels."""
+
+    teacher: str | None = None
+    """A run, or a model of timm's registry; none: labels alone."""
+    teacher_checkpoint: str | None = None
+    """Weights of a teacher that is named by its model."""
+    kind: Literal["soft", "hard"] = "soft"
+    """soft: the teacher's probabilities (Hinton et al.); hard: its answer (DeiT)."""
+    alpha: float = Field(default=0.5, ge=0.0, le=1.0)
+    """Share of the teacher in the loss."""
+    temperature: float = Field(default=3.0, gt=0.0)
+    """Of kind soft: both networks' logits are divided by it, so that small probabilities count, too."""
+
+    @model_validator(mode="after")
+    def _whose(self) -> "DistillConfig":
+        if self.teacher_checkpoint is not None and self.teacher is None:
+            raise ValueError("teacher_checkpoint needs the name of its network: distill.teacher=NAME")
+        return self
+
+
+class TrackConfig(Section):
+    """Where the figures of a run go beside metrics.csv and metrics.jsonl, which are always there."""
+
+    loggers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
+    """Which of them, if any."""
+    project: str = "sansmax"
+    """Project of W&B, experiment of MLflow."""
+    name: str | None = None
+    """Name of the run there; none: that of its folder."""
+    offline: bool = False
+    """W&B writes to the run's folder and sends nothing."""
+    log_steps: int = Field(default=50, ge=1)
+    """Steps of the optimiser between two lines of metrics.jsonl on loss, learning rate and gradient."""
+
+
+class ParallelConfig(Section):
+    """How many processes share the work; the numbers of a run do not depend on it, but for rounding.
+
+    `batch_size` is that of all processes together.
+    """
+
+    devices: int | None = Field(default=None, ge=1)
+    """Processes of this machine, a device each; none: as many as torchrun or SLURM started, else 1."""
+    num_nodes: int = Field(default=1, ge=1)
+    """Machines."""
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    """ddp: every process holds the network; fsdp: parameters and optimiser are shared out."""
+    sequence_parallel: int = Field(default=1, ge=1)
+    """Processes that share the tokens of one image."""
 
 
 class TrainConfig(Section):
@@ -132,8 +239,14 @@ class TrainConfig(Section):
     model: ModelConfig = ModelConfig()
     augment: AugmentConfig = AugmentConfig()
     optim: OptimConfig = OptimConfig()
+    distill: DistillConfig = DistillConfig()
+    track: TrackConfig = TrackConfig()
+    parallel: ParallelConfig = ParallelConfig()
     epochs: int = Field(default=30, ge=1)
     batch_size: int = Field(default=32, ge=1)
+    """Images of a step, over all processes."""
+    balanced: bool = False
+    """Show every class equally often."""
     seed: int = Field(default=0, ge=0)
     tta_hflip: bool = False
     """Average the probabilities of evaluation and prediction over the picture and its mirror image."""
@@ -142,14 +255,19 @@ class TrainConfig(Section):
     patience: int | None = Field(default=None, ge=1)
     """Stop after so many epochs without a better `monitor`."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    precision: Literal["32", "bf16", "16"] = "32"
+    precision: Precision = "32"
+    """32, bf16 (autocast), or 16 (autocast to float16 with a scaled loss)."""
     checkpoint_minutes: float = Field(default=5.0, gt=0.0)
     """A checkpoint is written after every epoch, and within an epoch after so many minutes."""
+    checkpoint_steps: int | None = Field(default=None, ge=1)
+    """And after so many steps of the optimiser."""
 
     @model_validator(mode="after")
     def _consistent(self) -> "TrainConfig":
         if self.patience is not None and self.monitor == "last":
             raise ValueError("patience needs a monitor to watch: val_loss, val_auc or val_accuracy")
+        if self.balanced and self.optim.class_weights:
+            raise ValueError("give balanced or optim.class_weights: both would count rare classes twice")
         return self
 
 

@@ -4,10 +4,13 @@ config.yaml        the whole configuration
 run.json           classes, preprocessing, versions, machine, command, state
 splits.csv         which image was in which split
 bad_images.csv     images that were left out, with the reason (only with --skip-bad)
+initial_checkpoint.txt  what was loaded to start from, and what is new
 metrics.csv        a row per epoch
 model.safetensors  the best weights so far
-last.ckpt          everything needed to go on
-metrics.json, predictions_*.csv, summary.md, *.png    written at the end
+last.ckpt          everything needed to go on; previous.ckpt is the one before it
+metrics.jsonl      the same and more, a line at a time
+track.json, tensorboard/, wandb/, mlflow.db, mlartifacts/    trackers that were asked for
+metrics.json, predictions_*.csv, summary.md, report.html, *.png    written at the end
 """
 
 import errno
@@ -32,16 +35,21 @@ from sansmax.engine.build import build_model
 from sansmax.engine.config import TrainConfig, dump_config, load_config
 from sansmax.engine.stopping import resume_command
 from sansmax.errors import InputError, listed
-from sansmax.files import replacing, write_text
+from sansmax.files import PARTIAL, replacing, write_text
 
 MARKS = ("config.yaml", "run.json")
+METRICS = "metrics.csv"
 FILES = (
     *MARKS,
-    *("splits.csv", "bad_images.csv", "data.txt", "metrics.csv", "model.safetensors", "last.ckpt"),
+    *("splits.csv", "bad_images.csv", "data.txt", METRICS, "model.safetensors", "last.ckpt", "previous.ckpt"),
+    "initial_checkpoint.txt",
     *("metrics.json", "predictions_*.csv", "predictions_*.json", "summary.md", "*.png", "demo.json"),
-    # what is left of a file whose writing was cut off
-    ".*.????????.*",
+    *("metrics.jsonl", "report.html", "track.json", "mlflow.db*"),
+    PARTIAL,
 )
+# what is there before run.json makes a folder a run
+START = ("splits.csv", "bad_images.csv", "initial_checkpoint.txt", "data.txt", "config.yaml")
+FOLDERS = ("heatmaps", "tensorboard", "wandb", "mlartifacts")
 
 
 @dataclass(frozen=True)
@@ -112,9 +120,13 @@ def load_weights(network: nn.Module, path: Path) -> None:
     network.load_state_dict(weights)
 
 
-def save_weights(network: nn.Module, path: Path) -> None:
-    """Writes the weights as one whole safetensors file."""
-    weights = {k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}
+def save_weights(network: nn.Module, path: Path, *, write: bool = True) -> None:
+    """Writes the weights as one whole safetensors file; where processes share them out, one of them has to `write`."""
+    state: dict[str, Any] = network.state_dict()
+    whole = {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in state.items()}
+    if not write:
+        return
+    weights = {k: v.detach().cpu().contiguous() for k, v in whole.items()}
     # its own writer makes files that nobody else may read, and hides why a disk refused them
     data = save(weights, metadata={"format": "pt"})
     with replacing(path) as partial:
@@ -131,6 +143,8 @@ def check_folder(folder: Path, *, overwrite: bool, resume: bool) -> None:
         if not is_run(folder):
             raise InputError(f"{folder} holds no run to resume; leave out --resume to start one")
     elif folder.is_dir() and any(folder.iterdir()):
+        if half_a_start(folder):
+            return
         if not is_run(folder):
             raise InputError(f"{folder} is not empty and holds no run; give an empty or new folder to --output")
         if not overwrite:
@@ -162,10 +176,16 @@ def prepare_folder(folder: Path, *, overwrite: bool, resume: bool) -> None:
         raise InputError(f"the folder {folder} cannot be made: {error.strerror}") from None
 
 
+def half_a_start(folder: Path) -> bool:
+    """Whether a folder holds just what is written before run.json: training was killed in its first moments."""
+    names = [path.name for path in folder.iterdir() if not path.match(PARTIAL)]
+    return {"splits.csv", "data.txt"} <= set(names) <= set(START)
+
+
 def _of_a_run(path: Path) -> bool:
     """Whether a run, a demo or an interrupted write of theirs leaves a file or folder of this name."""
     if path.is_dir():
-        return is_run(path) or path.name == "heatmaps" or path.name.startswith("evaluate-")
+        return is_run(path) or path.name in FOLDERS or path.name.startswith("evaluate-")
     return any(path.match(pattern) for pattern in FILES)
 
 

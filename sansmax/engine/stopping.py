@@ -8,7 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+from sansmax.errors import InputError
+
+# SIGUSR1 is what SLURM is often told to send before the time is over; Windows has none
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
 
 
 class Stopped(Exception):
@@ -60,6 +63,29 @@ def leave_signals_to_training(worker: int) -> None:
     """Makes a process that loads images deaf to the signals of its group; it ends when training ends it."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+class WorkerDied(InputError):
+    """A process that loads images ended before its work."""
+
+
+@contextmanager
+def explained_workers(folder: Path) -> Iterator[None]:
+    """Says what the end of a process that loads images means for the run in `folder`.
+
+    Raises WorkerDied in place of what the loader raises.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        # the loader has no type of its own for this
+        if not str(error).startswith("DataLoader worker (pid"):
+            raise
+        raise WorkerDied(
+            f"a process that loads images ended before its work ({str(error).strip().splitlines()[0]}), as the system "
+            "ends processes where memory runs out. The checkpoint written before is whole; free some memory and go on "
+            f"with: {resume_command(folder)}"
+        ) from error
 
 
 def resume_command(folder: Path, verb: str = "train") -> str:

@@ -1,9 +1,7 @@
 """Training: from a configuration to a run folder with weights, metrics and a report."""
 
-import logging
 import shutil
 import tempfile
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +11,21 @@ from torch import Tensor
 
 from sansmax.data.loading import Augment, ImageLoader, Preprocess, make_loader
 from sansmax.data.open import open_data
+from sansmax.data.sampling import WHOLE, Share
 from sansmax.data.sets import LabelledImages
-from sansmax.engine.build import build_model, build_preprocess, num_parameters
+from sansmax.engine.build import build_preprocess, num_parameters
 from sansmax.engine.config import DataConfig, TrainConfig, differences
+from sansmax.engine.distill import Teacher, load_teacher
+from sansmax.engine.launch import launch
+from sansmax.engine.processes import Processes, check_shared_out, joined, processes_to_start
 from sansmax.engine.progress import Reporter
 from sansmax.engine.run import Run, check_folder, explained_disk, prepare_folder, write_json, write_start
-from sansmax.engine.stopping import StopNow, Stopped, StopSignal, leave_signals_to_training
+from sansmax.engine.starting import at_hand, start_model, write_report
+from sansmax.engine.stopping import StopNow, Stopped, StopSignal, explained_workers, leave_signals_to_training
+from sansmax.engine.trackers import check_trackers
 from sansmax.errors import InputError
 from sansmax.files import write_text
-from sansmax.report.tables import as_csv, truncate_rows
+from sansmax.report.tables import as_csv
 
 
 def train(
@@ -38,51 +42,88 @@ def train(
     With `resume` a run that was stopped goes on where it was: the result is that of a run that never stopped. The
     configuration is then the run's own; `config` may be None and must not differ from it. `overwrite` replaces a run.
 
+    Under torchrun or SLURM all processes call this and train together (`sansmax.engine.processes`); with
+    `parallel.devices` they are started here.
+
     Raises InputError for wrong input, and `Stopped` when asked to stop by Ctrl-C or SIGTERM (everything is saved).
     """
     output, reporter = Path(output), reporter or Reporter(quiet=True)
-    check_folder(output, overwrite=overwrite, resume=resume)
+    if config is None and not resume:
+        raise InputError("a new run needs a configuration; give DATA, or --resume to go on with a run")
+    how: dict[str, Any] = {"overwrite": overwrite, "resume": resume, "command": command}
+    config = Run.open(output).config if config is None else config
+    if count := processes_to_start(config.parallel):
+        check_folder(output, overwrite=overwrite, resume=resume)
+        launch("images", config, output, count, reporter, **how)
+        return Run.open(output)
+    with joined(config.parallel, config.device) as processes:
+        return _train(config, output, processes, reporter if processes.is_first else Reporter(quiet=True), **how)
+
+
+def _train(
+    config: TrainConfig,
+    output: Path,
+    processes: Processes,
+    reporter: Reporter,
+    *,
+    overwrite: bool,
+    resume: bool,
+    command: str,
+) -> Run:
+    """`train`, as each of the processes does it; the first one alone writes."""
+    processes.first(lambda: check_folder(output, overwrite=overwrite, resume=resume))
     if resume:
         config = _same_config(output, config)
         if (run := Run.open(output)).info["state"] == "finished":
             reporter.say(f"{output} is finished, there is nothing to go on with")
             return run
-    elif config is None:
-        raise InputError("a new run needs a configuration; give DATA, or --resume to go on with a run")
-    check_buildable(config)
-    data = open_training_data(config.data, config.seed, reporter)
+    start = at_hand(config.model, output, resume)
+    check_buildable(config.model_copy(update={"model": start}))
+    # one process fetches what is not here yet
+    data = processes.in_turn(lambda: open_training_data(config.data, config.seed, reporter))
     assert data.train is not None and data.val is not None
     in_chans = config.data.in_chans or (3 if data.colour else 1)
     torch.manual_seed(config.seed)
-    network = build_model(config.model, config.data, len(data.classes), in_chans)
+    started: list[str] = []
+    network = start_model(start, config.data, len(data.classes), in_chans, started.append)
     preprocess = build_preprocess(network, config.data, in_chans)
-    with explained_disk(output):
+    teacher = load_teacher(config.distill, data.classes, preprocess)
+    with explained_disk(output), explained_workers(output):
+        processes.check_same(f"the images of {config.data.source}", _splits(data))
         if resume:
             _same_splits(output, data)
         else:
-            prepare_folder(output, overwrite=overwrite, resume=False)
-            _write_new(output, config, data, preprocess, command)
+            processes.first(lambda: _write_new(output, config, data, preprocess, command, overwrite, started))
+        for line in started:
+            reporter.say(line)
         parameters = num_parameters(network)
         reporter.say(
             f"{config.model.name}: {parameters:,} parameters; {len(data.train):,} training images; run in {output}"
         )
         try:
-            _fit(config, output, network, data, preprocess, resume, reporter)
-            return finish_run(output, data, reporter)
+            _fit(config, output, network, teacher, data, preprocess, resume, reporter, processes)
+            return processes.first(lambda: finish_run(output, data, reporter)) or Run.open(output)
         except (KeyboardInterrupt, StopNow):
             raise Stopped("stopped at once; what was written before is kept", output) from None
 
 
 def check_buildable(config: TrainConfig) -> None:
     """Raises InputError for whatever is wrong with network, optimiser and device, before an image is read."""
+    check_trackers(config.track)
+    check_shared_out(config.parallel.strategy, config.precision, config.parallel.sequence_parallel)
     if (
         config.device not in ("auto", "cpu")
         and not {"cuda": torch.cuda, "mps": torch.backends.mps}[config.device].is_available()
     ):
         raise InputError(f"device is {config.device} and there is none here; leave it at auto, or give device=cpu")
     in_chans = config.data.in_chans or 3
-    network = build_model(config.model.model_copy(update={"pretrained": False}), config.data, 2, in_chans)
+    network = start_model(config.model.model_copy(update={"pretrained": False}), config.data, 2, in_chans)
     build_preprocess(network, config.data, in_chans)
+    if config.parallel.sequence_parallel > 1:
+        from sansmax.engine.parallel import check_no_token_randomness, check_shardable
+
+        check_shardable(network)
+        check_no_token_randomness(network.train())
     augmentation(config)
     from sansmax.engine.module import Classifier
 
@@ -123,36 +164,55 @@ def _same_config(output: Path, config: TrainConfig | None) -> TrainConfig:
     return stored
 
 
-def _same_splits(output: Path, data: LabelledImages) -> None:
+def _splits(data: LabelledImages) -> bytes:
+    """splits.csv, as it would be written."""
     with tempfile.TemporaryDirectory() as folder:
         data.write_splits(Path(folder) / "splits.csv")
-        now = (Path(folder) / "splits.csv").read_bytes()
-    if now != (output / "splits.csv").read_bytes():
+        return (Path(folder) / "splits.csv").read_bytes()
+
+
+def _same_splits(output: Path, data: LabelledImages) -> None:
+    if _splits(data) != (output / "splits.csv").read_bytes():
         raise InputError(
             f"the images of {data.source} are not those the run {output} began with (see its splits.csv); "
             "put them back, or start a new run in another --output"
         )
 
 
-def _write_new(output: Path, config: TrainConfig, data: LabelledImages, preprocess: Preprocess, command: str) -> None:
+def _write_new(
+    output: Path,
+    config: TrainConfig,
+    data: LabelledImages,
+    preprocess: Preprocess,
+    command: str,
+    overwrite: bool,
+    started: list[str],
+) -> None:
+    prepare_folder(output, overwrite=overwrite, resume=False)
     try:
         data.write_splits(output / "splits.csv")
         if data.bad:
             write_text(output / "bad_images.csv", as_csv([["name", "reason"], *map(list, data.bad)]))
         write_text(output / "data.txt", data.describe() + "\n")
         write_start(output, config, data.classes, preprocess, command)
+        write_report(output, started)
     except OSError:
         # half a start would be neither a run nor an empty folder
         shutil.rmtree(output)
         raise
 
 
-def loaders(config: TrainConfig, data: LabelledImages, preprocess: Preprocess) -> tuple[ImageLoader, ImageLoader]:
-    """The loaders of training and validation images."""
+def loaders(
+    config: TrainConfig, data: LabelledImages, preprocess: Preprocess, share: Share = WHOLE
+) -> tuple[ImageLoader, ImageLoader]:
+    """The loaders of training and validation images, for a share of each batch."""
     assert data.train is not None and data.val is not None
     augment = augmentation(config)
-    common: dict[str, Any] = {"batch_size": config.batch_size, "workers": config.data.workers}
-    first = make_loader(data.train, preprocess, augment, seed=config.seed, shuffle=True, **common)
+    common: dict[str, Any] = {"batch_size": config.batch_size, "workers": config.data.workers, "share": share}
+    # what is mixed with each other is in one process
+    pairs = bool(config.optim.mixup or config.optim.cutmix)
+    how: dict[str, Any] = {"seed": config.seed, "shuffle": True, "balanced": config.balanced, "pairs": pairs}
+    first = make_loader(data.train, preprocess, augment, **how, **common)
     second = make_loader(data.val, preprocess, **common)
     for loader in (first, second):
         loader.worker_init_fn = leave_signals_to_training
@@ -174,38 +234,31 @@ def _fit(
     config: TrainConfig,
     output: Path,
     network: torch.nn.Module,
+    teacher: Teacher | None,
     data: LabelledImages,
     preprocess: Preprocess,
     resume: bool,
     reporter: Reporter,
+    processes: Processes,
 ) -> None:
-    from sansmax.engine.callbacks import CHECKPOINT, METRICS, Recorder
+    from sansmax.engine.callbacks import Recorder
+    from sansmax.engine.checkpoints import take_up
     from sansmax.engine.module import Classifier
+    from sansmax.engine.trainer import run_lightning
 
     assert data.train is not None
-    train_loader, val_loader = loaders(config, data, preprocess)
+    train_loader, val_loader = loaders(config, data, preprocess, processes.share)
     steps = len(train_loader)
     weights = class_weights(data.train.labels, len(data.classes)) if config.optim.class_weights else None
-    module = Classifier(network, config.optim, len(data.classes), config.epochs, steps, config.seed, weights)
-    checkpoint = output / CHECKPOINT
-    ckpt_path = None
-    if resume and checkpoint.exists():
-        state = recorder_state(checkpoint)
-        if state["finished"]:
-            return
-        epoch, batch = state["next_batch"]
-        train_loader.start_at(epoch, batch)
-        reporter.say(f"going on at epoch {epoch + 1}, batch {batch + 1} of {steps}")
-        truncate_rows(output / METRICS, step=epoch * steps)
-        ckpt_path = str(checkpoint)
-    elif resume:
-        reporter.say("the run was stopped before its first checkpoint: starting from the beginning")
-        truncate_rows(output / METRICS, step=0)
+    module = Classifier(network, config.optim, len(data.classes), config.epochs, steps, config.seed, weights, teacher)
+    checkpoint = processes.in_turn(lambda: take_up(output, train_loader, reporter.say)) if resume else None
+    if checkpoint is not None and checkpoint.finished:
+        return
     stop = StopSignal()
     with stop.listening(), reporter.bar("training") as bar:
         recorder = Recorder(output, config, stop, bar, steps)
         try:
-            run_lightning(config, module, recorder, train_loader, val_loader, ckpt_path)
+            run_lightning(config, module, recorder, train_loader, val_loader, checkpoint, processes)
         finally:
             for loader in (train_loader, val_loader):
                 _end_workers(loader)
@@ -216,48 +269,6 @@ def _end_workers(loader: ImageLoader) -> None:
     iterator: Any = getattr(loader, "_iterator", None)
     if iterator is not None:
         iterator._shutdown_workers()
-
-
-def recorder_state(checkpoint: Path) -> dict[str, Any]:
-    """What the recorder of a run left in its checkpoint; InputError where that is damaged."""
-    try:
-        return torch.load(checkpoint, map_location="cpu", weights_only=True)["callbacks"]["Recorder"]
-    except Exception as error:
-        raise InputError(
-            f"the checkpoint {checkpoint} is damaged ({type(error).__name__}); start anew with --overwrite. "
-            "The best weights so far, model.safetensors, are not touched until then"
-        ) from error
-
-
-def run_lightning(
-    config: Any, module: Any, recorder: Any, train_loader: Any, val_loader: Any, ckpt_path: str | None
-) -> None:
-    """Lightning's loop on one device, with our own records of it."""
-    import lightning.pytorch as pl
-
-    from sansmax.engine.callbacks import WholeFiles
-
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        # its advice on workers and logging intervals is answered by our own configuration
-        warnings.filterwarnings("ignore", module=r"lightning\..*")
-        trainer = pl.Trainer(
-            accelerator={"auto": "auto", "cpu": "cpu", "cuda": "gpu", "mps": "mps"}[config.device],
-            devices=1,
-            precision={"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}[config.precision],  # pyright: ignore[reportArgumentType]
-            max_epochs=config.epochs,
-            # a module that steps by itself clips by itself
-            gradient_clip_val=config.optim.clip_grad if module.automatic_optimization else None,
-            callbacks=[recorder],
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            num_sanity_val_steps=0,
-            use_distributed_sampler=False,
-            plugins=[WholeFiles()],
-        )
-        trainer.fit(module, train_loader, val_loader, ckpt_path=ckpt_path)
 
 
 def finish_run(output: Path, data: LabelledImages, reporter: Reporter) -> Run:
