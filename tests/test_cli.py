@@ -115,7 +115,7 @@ WRONG = {
     "too small": (("--set", "batch_size=0"), "batch_size: Input should be greater than or equal to 1, got 0"),
     "optimiser": (("--set", "optim.opt=adamww"), "optim.opt='adamww' is no optimiser of timm's"),
     "policy": (("--set", "augment.auto=foo"), "unknown augmentation policy 'foo'"),
-    "mixing": (("--set", "mixup=0.5", "--set", "class_weights=true"), "cannot be combined with mixup"),
+    "mixing": (("--set", "mixup=0.5", "--set", "loss=focal"), "cannot be combined with mixup"),
     "mean": (("--set", "data.mean=[0.1,0.2]", "--set", "in_chans=1"), "data.mean has 2 values and the network 1"),
     "patience": (("--set", "patience=3", "--set", "monitor=last"), "patience needs a monitor to watch"),
     "no file": (("--config", "nowhere.yaml"), "the configuration nowhere.yaml does not exist"),
@@ -321,7 +321,7 @@ VERBS = dict(get_command(app).commands)
 
 def test_the_verbs_are_those_promised():
     pictures = {"train", "evaluate", "predict", "heatmap", "benchmark", "models", "doctor", "demo"}
-    assert set(VERBS) == pictures | {"tokenize", "bags", "convert-bags"}
+    assert set(VERBS) == pictures | {"tokenize", "bags", "convert-bags", "compare"}
     said = sansmax("--help")
     assert said.status == 0
     assert all(re.search(rf"^  {name} ", said.out, re.M) for name in VERBS)

@@ -122,3 +122,11 @@ def test_softmax_over_a_bag_does_not_stream_and_says_so():
 def test_pixels_for_a_network_of_features_and_a_bag_for_one_of_pixels_are_errors():
     with pytest.raises(InputError, match="reads pixels, and this is a bag of features"):
         stream(timm.create_model("seqnorm_vit_pico_patch8_128"), bag())
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf])
+def test_features_that_are_not_finite_are_an_error_that_says_where(number):
+    features = np.zeros((N, WIDTH), np.float32)
+    features[37, 2] = number
+    with pytest.raises(InputError, match=r"features 30 to 39 hold NaN or infinity"):
+        stream(network(NAMES[0]), features, chunk_tokens=10)

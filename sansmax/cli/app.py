@@ -4,9 +4,11 @@ Wrong input ends with one message and status 2, a run that was stopped with stat
 `--debug`, or where the fault is ours.
 """
 
+import os
 import shlex
 import sys
 import traceback
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -47,20 +49,32 @@ def say(text: str, quiet: bool) -> None:
 
 def main() -> None:
     """Runs the command line; the entry point of `sansmax`."""
+    from sansmax.engine.processes import place_of, speaks
     from sansmax.engine.stopping import Stopped
 
+    place = place_of()
+    first = place is None or place.rank == 0
+    if not first:
+        # of several processes the first one tells the results
+        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - open until the program ends
     # people put it at the end, too
     debug = "--debug" in sys.argv[1:]
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
     console = Console(stderr=True, highlight=False)
     try:
-        app(arguments, prog_name="sansmax")
+        # not standing alone, wrong options are an error like any other, and an exit a number
+        status = app(arguments, prog_name="sansmax", standalone_mode=first)
+        sys.exit(status if isinstance(status, int) else 0)
     except Stopped as stopped:
-        console.print(str(stopped), markup=False, soft_wrap=True)
+        if speaks():
+            console.print(str(stopped), markup=False, soft_wrap=True)
         sys.exit(130)
     except Exception as error:
         if debug:
             traceback.print_exc()
+        if not speaks():
+            # another process of the run says why
+            sys.exit(2 if isinstance(error, InputError) else 1)
         if isinstance(error, InputError):
             console.print(f"error: {error}", markup=False, soft_wrap=True, style="red")
             sys.exit(2)

@@ -42,6 +42,23 @@ StoreOption = Annotated[
     str, typer.Option("--store", help="Where a slide's tokens live between layers: memory, disk or recompute.")
 ]
 SkipOption = Annotated[bool, typer.Option("--skip-bad", help="Leave out images that cannot be read, and list them.")]
+TensorBoardOption = Annotated[bool, typer.Option("--tensorboard", help="Also log to TensorBoard, in the run's folder.")]
+WandbOption = Annotated[bool, typer.Option("--wandb", help="Also log to Weights & Biases.")]
+MLflowOption = Annotated[bool, typer.Option("--mlflow", help="Also log to MLflow.")]
+InitialCheckpointOption = Annotated[
+    str | None,
+    typer.Option("--initial-checkpoint", help="Weights to start from: a file, or a run. Another head is made anew."),
+]
+ConvertOption = Annotated[
+    str | None,
+    typer.Option("--convert", help="Swap the attention for this one, once the weights are there: seqnorm, sima, ..."),
+]
+DevicesOption = Annotated[
+    int | None, typer.Option("--devices", help="Processes of this machine that train together, a device each.")
+]
+SequenceOption = Annotated[
+    int | None, typer.Option("--sequence-parallel", help="Processes that share the tokens of one image or bag.")
+]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace the run in --output.")]
 RunArgument = Annotated[Path, typer.Argument(help="Folder of a run.", metavar="RUN")]
 
@@ -68,6 +85,16 @@ def size_or_native(text: str | None) -> int | str | None:
 def as_yaml(value: Any) -> str:
     """A value as the configuration reads it."""
     return json.dumps(value)
+
+
+def changes(given: dict[str, Any], set_: list[str] | None) -> list[str]:
+    """Changes of a configuration as `key=value`: options that were given, then what --set says."""
+    return [f"{key}={as_yaml(value)}" for key, value in given.items() if value is not None] + (set_ or [])
+
+
+def trackers(**chosen: bool) -> list[str] | None:
+    """The names of those that were chosen; None where the configuration has the word."""
+    return [name for name, wanted in chosen.items() if wanted] or None
 
 
 def run_first(run: Path, paths: list[Path]) -> tuple[Path, list[Path]]:

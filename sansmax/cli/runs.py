@@ -10,24 +10,32 @@ from sansmax.cli.app import QuietOption, app, command_line, say
 from sansmax.cli.options import (
     DATA_HELP,
     AllPatchesOption,
+    ConvertOption,
+    DevicesOption,
     GroupColumn,
+    InitialCheckpointOption,
     LabelColumn,
+    MLflowOption,
     MppOption,
     OverwriteOption,
     PathColumn,
     RootOption,
     RunArgument,
+    SequenceOption,
     SetOption,
     SizeOption,
     SkipOption,
     SlideMppOption,
     SplitColumn,
     StoreOption,
-    as_yaml,
+    TensorBoardOption,
+    WandbOption,
+    changes,
     parse_size,
     run_first,
     size_or_native,
     slide_options,
+    trackers,
 )
 from sansmax.cli.training_bags import (
     BagsOption,
@@ -47,9 +55,13 @@ def train(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the run.")] = None,
     model: Annotated[str | None, typer.Option("--model", "-m", help="Any model of timm's registry.")] = None,
     image_size: Annotated[str | None, typer.Option(help="Pixels, S or HxW, to which images are resized.")] = None,
+    initial_checkpoint: InitialCheckpointOption = None,
+    convert: ConvertOption = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the training images.")] = None,
     batch_size: Annotated[int | None, typer.Option("--batch-size", "-b", help="Images per step.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
+    devices: DevicesOption = None,
+    sequence_parallel: SequenceOption = None,
     path_column: PathColumn = None,
     label_column: LabelColumn = None,
     split_column: SplitColumn = None,
@@ -61,6 +73,9 @@ def train(
     bags: BagsOption = None,
     task: TaskOption = None,
     folds: FoldsOption = None,
+    tensorboard: TensorBoardOption = False,
+    wandb: WandbOption = False,
+    mlflow: MLflowOption = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --output.")] = False,
     overwrite: OverwriteOption = False,
     quiet: QuietOption = False,
@@ -72,6 +87,8 @@ def train(
 
     if output is None:
         raise InputError("give the folder of the run: --output RUN")
+    chosen_trackers = trackers(tensorboard=tensorboard, wandb=wandb, mlflow=mlflow)
+    parallel = {"parallel.devices": devices, "parallel.sequence_parallel": sequence_parallel}
     if is_of_bags(bags, output):
         train_on_bags(
             output,
@@ -84,9 +101,13 @@ def train(
                 "data.case_column": group_column,
                 "data.allow_missing": skip_bad or None,
                 "model.name": model,
+                "model.initial_checkpoint": initial_checkpoint,
+                "model.convert": convert,
                 "epochs": epochs,
                 "batch_size": batch_size,
                 "seed": seed,
+                **parallel,
+                "track.loggers": chosen_trackers,
             },
             {"--image-size": image_size, "--path-column": path_column, "--split-column": split_column, "--root": root},
             config=config,
@@ -101,22 +122,25 @@ def train(
     given: dict[str, Any] = {
         "data.source": data,
         "model.name": model,
+        "model.initial_checkpoint": initial_checkpoint,
+        "model.convert": convert,
         "data.image_size": None if image_size is None else parse_size(image_size),
         "epochs": epochs,
         "batch_size": batch_size,
         "seed": seed,
+        **parallel,
         "data.path_column": path_column,
         "data.label_column": label_column,
         "data.split_column": split_column,
         "data.group_column": group_column,
         "data.root": None if root is None else str(root),
         "data.skip_bad": skip_bad or None,
+        "track.loggers": chosen_trackers,
     }
-    changes = [f"{key}={as_yaml(value)}" for key, value in given.items() if value is not None] + (set_ or [])
     if resume and config is None and (output / "config.yaml").exists():
         # what is not given stays as the run has it; what is given has to agree with it
         config = output / "config.yaml"
-    chosen = load_config(config, changes)
+    chosen = load_config(config, changes(given, set_))
     if not chosen.data.source and not resume:
         raise InputError(f"give DATA to train on: {DATA_HELP[0].lower()}{DATA_HELP[1:]}")
     run = train_run(

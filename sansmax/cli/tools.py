@@ -31,18 +31,34 @@ def models(
 
 
 @app.command()
-def doctor() -> None:
+def doctor(
+    numerics: Annotated[
+        bool, typer.Option("--numerics", help="Measure what each attention loses in 16 bit, and its time: minutes.")
+    ] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Of --numerics: folder for numerics.csv and numerics.md.")
+    ] = None,
+    quiet: QuietOption = False,
+) -> None:
     """Check this installation and machine: PASS, WARN or FAIL, each with the mend."""
-    from sansmax.engine.doctor import examine
+    from sansmax.engine.doctor import examine, examine_numerics
+    from sansmax.engine.progress import Reporter
 
+    if output is not None and not numerics:
+        raise InputError("--output is the folder for the table of precisions; give --numerics too")
     findings = examine()
+    if numerics:
+        with Reporter(quiet=quiet).bar("precisions") as bar:
+            findings += examine_numerics(output, command_line(), bar)
     console = Console()
     if not console.is_terminal:
         # a line each, for logs and reports of faults
         lines = [f"{f.state}  {f.what}: {f.detail}" + (f"; mend: {f.fix}" if f.fix else "") for f in findings]
-        say("\n".join(lines), False)
-    else:
+        say("\n".join(lines), quiet)
+    elif not quiet:
         _draw_findings(console, findings)
+    if output is not None:
+        say(f"written: {output / 'numerics.csv'}, {output / 'numerics.md'}", quiet)
     if any(f.state == "FAIL" for f in findings):
         raise typer.Exit(1)
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from sansmax.cli.app import command_line, say
-from sansmax.cli.options import as_yaml
+from sansmax.cli.options import changes
 from sansmax.errors import InputError
 
 BagsOption = Annotated[
@@ -46,10 +46,10 @@ def train_on_bags(
 
     if wrong := [name for name, value in images_only.items() if value]:
         raise InputError(f"{', '.join(wrong)} is for images; leave it out with --bags")
-    changes = [f"{key}={as_yaml(value)}" for key, value in given.items() if value is not None] + (set_ or [])
+    wanted = changes(given, set_)
     stored = stored_config(output) if resume and config is None else None
     # what is not given stays as the run has it; what is given has to agree with it
-    chosen = load_bag_config(config, changes) if stored is None else with_changes(stored, changes)
+    chosen = load_bag_config(config, wanted) if stored is None else with_changes(stored, wanted)
     how = {"resume": resume, "overwrite": overwrite, "reporter": Reporter(quiet=quiet)}
     done = train_bags(chosen, output, command=command_line(), **how)
     say(f"run: {done.folder}\nread: {done.folder / 'summary.md'}", quiet)

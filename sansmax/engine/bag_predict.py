@@ -19,7 +19,7 @@ from sansmax.engine.bag_module import run_pack
 from sansmax.engine.bag_run import BagRun
 from sansmax.engine.predict import pick_device
 from sansmax.engine.progress import Reporter
-from sansmax.engine.stream import stream
+from sansmax.engine.stream import evaluating, stream
 from sansmax.errors import InputError, listed
 from sansmax.files import write_text
 from sansmax.models.slide import FeatureNetwork
@@ -62,20 +62,15 @@ def predict_bags(
             f"predicted: {listed([cases.ids[i] for i in empty], 10)}; leave them out"
         )
     reader = reader_for(network, bags, cases)
-    modes = [(module, module.training) for module in network.modules()]
-    network.eval()
     found = np.zeros((len(cases), network.num_classes))
     groups = packs_of([reader.length(i) for i in range(len(cases))], max_tokens)
     done = 0
-    try:
+    with evaluating(network):
         for group, tokens in zip(groups, _read_ahead(reader, groups), strict=True):
             found[group] = answers(cases.task, outputs_of(network, tokens, max_tokens)).cpu().numpy()
             done += len(group)
             if progress is not None:
                 progress(done, len(cases))
-    finally:
-        for module, training in modes:
-            module.training = training
     return found
 
 

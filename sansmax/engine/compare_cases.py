@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from sansmax.engine.bag_run import is_bag_run
 from sansmax.engine.run import read_json
 from sansmax.errors import InputError, listed
 from sansmax.report.case_metrics import TITLES, compare_cases
@@ -15,6 +16,8 @@ from sansmax.report.delong import DeLong, delong_test
 from sansmax.report.metrics import RESAMPLES
 from sansmax.report.resample import Interval
 from sansmax.report.summary import interval_text
+
+PREDS = "patient-preds.csv"
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class Comparison:
 
 
 def compare(run_a: str | Path, run_b: str | Path, *, resamples: int = RESAMPLES, seed: int = 0) -> Comparison:
-    """Compares the out-of-fold predictions of two finished cross-validations, case by case.
+    """Compares the predictions of two finished cross-validations, or of two runs on bags, case by case.
 
     Raises InputError where they are of other tasks, targets or classes, where the same case has two truths, and where
     they share no case. Cases that only one of them has are left out with a note.
@@ -73,13 +76,18 @@ def compare(run_a: str | Path, run_b: str | Path, *, resamples: int = RESAMPLES,
 
 
 def open_predictions(run: str | Path) -> CasePredictions:
-    """The out-of-fold predictions of a finished cross-validation."""
+    """The out-of-fold predictions of a finished cross-validation, or those of one run on bags for its test cases."""
     run = Path(run)
     mark = run / "cross_validation.json"
+    if is_bag_run(run):
+        info = read_json(run / "run.json")
+        if not (run / PREDS).is_file():
+            raise InputError(f"{run} has no {PREDS}: it is not finished; go on with --resume")
+        return read_case_predictions(run / PREDS, info["task"], info["target"], info["classes"])
     if not mark.is_file():
         raise InputError(f"{run} is no cross-validation: it has no {mark.name}; `sansmax train` with --folds makes one")
     settings = read_json(mark)["settings"]
-    return read_case_predictions(run / "patient-preds.csv", settings["task"], settings["target"], settings["classes"])
+    return read_case_predictions(run / PREDS, settings["task"], settings["target"], settings["classes"])
 
 
 def on_the_same(a: CasePredictions, b: CasePredictions) -> tuple[CasePredictions, CasePredictions, list[str]]:

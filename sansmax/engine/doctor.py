@@ -5,11 +5,18 @@ import os
 import platform
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from sansmax.report.benchmark import do_again
+from sansmax.report.numerics import errors_text, grouped, worst_first
 
 OPTIONAL = {
     "datasets": ("data sets of the Hugging Face hub, hfds/NAME", "pip install 'sansmax[datasets]'"),
@@ -92,6 +99,45 @@ def _arithmetic() -> list[Finding]:
     if ratio < 1:
         return [Finding("WARN", "bfloat16", text, "keep precision=32, the default: 16 bit is slower here")]
     return [Finding("PASS", "bfloat16", text)]
+
+
+def examine_numerics(
+    output: Path | None = None,
+    command: str = "sansmax doctor --numerics",
+    progress: Callable[[int, int], object] | None = None,
+    **cases: Any,
+) -> list[Finding]:
+    """What each attention loses in each precision on this machine, the worst of all tokens; one finding for each pair.
+
+    `output` is a folder for the whole table (numerics.csv, numerics.md) with the `command` that made it. `cases` are
+    those of `sansmax.engine.numerics.measure`, all by default.
+    """
+    from sansmax.engine.numerics import INPUTS, measure
+    from sansmax.report.numerics import write_numerics
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    rows = [
+        {**asdict(row), "state": row.state, "fix": row.fix}
+        for row in measure(device=device, progress=progress, **cases)
+    ]
+    words = {kind: said for kind, (said, _) in INPUTS.items()}
+    if output is not None:
+        machine = {"processor": platform.processor() or platform.machine(), "device": _device()[0].detail}
+        machine |= {"threads": torch.get_num_threads(), "torch": version("torch"), "sansmax": version("sansmax")}
+        write_numerics(output, rows, words, do_again(command, machine))
+    return [_finding(some, words) for some in grouped(rows, "mechanism", "precision").values()]
+
+
+def _finding(rows: list[Any], words: dict[str, str]) -> Finding:
+    """The worst of the rows of one mechanism in one precision."""
+    worst = worst_first(rows)[0]
+    detail = errors_text(worst)
+    if worst["state"] != "PASS":
+        detail += f" on {words[worst['inputs']]}"
+    times = [row["time_ratio"] for row in rows if row["time_ratio"] is not None]
+    if times and worst["precision"] != "float32":
+        detail += f"; {median(times):.1f} times the time of float32"
+    return Finding(worst["state"], f"{worst['mechanism']}, {worst['precision']}", detail, worst["fix"])
 
 
 def _seconds(dtype: torch.dtype, device: str, size: int = 768) -> float:

@@ -16,6 +16,7 @@ from torch import Tensor
 from sansmax.data.slide_tokens import Block, SlideTokens, read_ahead
 from sansmax.data.tokens import TokenSource
 from sansmax.engine.stores import Chunk
+from sansmax.errors import InputError
 
 
 class Span(NamedTuple):
@@ -87,12 +88,22 @@ def grouped(blocks: Sequence[Block], chunk_tokens: int) -> list[list[Block]]:
 
 
 def embed_features(network: Any, features: np.ndarray, coords: np.ndarray | None, chunk_tokens: int) -> Embedder:
-    """Features (N, width) of any array, in memory, mapped or of HDF5, with coordinates (N, 2) in tile sides or None."""
+    """Features (N, width) of any array, in memory, mapped or of HDF5, with coordinates (N, 2) in tile sides or None.
+
+    Reading a chunk raises InputError where features are not finite.
+    """
     like = next(network.parameters())
     n = len(features)
 
     def make(what: slice) -> Tensor:
-        some = torch.from_numpy(np.array(features[what])).to(like)[None]
+        read = np.array(features[what])
+        # a sum in float64 is finite where all its terms are
+        if not np.isfinite(read.sum(dtype=np.float64)):
+            raise InputError(
+                f"features {what.start:,} to {what.stop - 1:,} hold NaN or infinity; extract this slide again, or "
+                "leave those tokens out"
+            )
+        some = torch.from_numpy(read).to(like)[None]
         where = None if coords is None else torch.from_numpy(np.array(coords[what])).to(like)[None]
         return network.embed_tokens(some, where)
 

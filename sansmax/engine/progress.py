@@ -9,6 +9,8 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from sansmax.report.curves import duration
+
 
 class Step(Protocol):
     """Called as work goes on."""
@@ -72,6 +74,8 @@ class _LiveBar(Bar):
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
+            # steps come in bursts around a validation: the mean of five minutes is steadier than that of 30 s
+            speed_estimate_period=300.0,
             console=console,
             transient=True,
         )
@@ -89,17 +93,35 @@ class _LiveBar(Bar):
 
 
 class _LineBar(Bar):
+    # when work began here, and what was done by then
+    first: tuple[float, float] | None = None
+
     def __init__(self, reporter: Reporter, title: str) -> None:
-        self.reporter, self.title, self.started = reporter, title, time.monotonic()
-        self.printed = self.started
+        self.reporter, self.title = reporter, title
+        self.printed = time.monotonic()
 
     def update(self, done: float, total: float, text: str = "") -> None:
         now = time.monotonic()
+        if self.first is None:
+            # work that is taken up begins far from zero: what was done before tells nothing of the speed
+            self.first = now, done
         if now - self.printed < self.reporter.seconds or done <= 0:
             return
         self.printed = now
-        left = (now - self.started) / done * (total - done)
-        self.reporter.say(f"{self.title}: {100 * done / total:.0f} %  {text}  left {left:.0f} s".replace("    ", "  "))
+        self.reporter.say(
+            "  ".join(part for part in (self._share(done, total), text, self._left(now, done, total)) if part)
+        )
+
+    def _share(self, done: float, total: float) -> str:
+        return f"{self.title}: {100 * done / total:.0f} %"
+
+    def _left(self, now: float, done: float, total: float) -> str:
+        assert self.first is not None
+        started, before = self.first
+        if done <= before:
+            return ""
+        seconds = (now - started) / (done - before) * (total - done)
+        return f"left {seconds:.0f} s" if seconds < 60 else f"left {duration(seconds)}"
 
     def say(self, text: str) -> None:
         self.reporter.say(text)

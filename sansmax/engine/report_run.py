@@ -1,31 +1,42 @@
 """The report of a finished run: figures of its test images with intervals, pictures, and the page that shows them."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from sansmax.data.sets import ImageSet, LabelledImages
 from sansmax.engine.build import num_parameters, takes_mask
-from sansmax.engine.callbacks import METRICS
+from sansmax.engine.config import dump_config
 from sansmax.engine.evaluate import probabilities_of
 from sansmax.engine.predict import Predictor, shown_picture
 from sansmax.engine.progress import Reporter
-from sansmax.engine.run import Run, write_json
+from sansmax.engine.run import METRICS, Run, write_json
+from sansmax.engine.run_facts import (
+    cost_of,
+    counts_of,
+    error_cases,
+    in_words,
+    model_of,
+    settings_of,
+    worst_errors,
+)
+from sansmax.engine.watching import send_results
+from sansmax.report.calibration import calibration_curve
 from sansmax.report.confusion import confusion_matrix
 from sansmax.report.curves import learning_curves
 from sansmax.report.grid import sample_grid
 from sansmax.report.heatmap import heatmap
 from sansmax.report.metrics import Metrics, measure
 from sansmax.report.roc import roc_curves
+from sansmax.report.run_page import RunFacts, write_run_page
 from sansmax.report.summary import run_summary, score_text
 from sansmax.report.tables import read_rows, write_predictions
 
-WORST = 12
+__all__ = ["cost_of", "report_run"]
 
 
 def report_run(run: Run, data: LabelledImages, reporter: Reporter) -> dict[str, Metrics]:
-    """Measures the best weights on validation and test images and writes predictions, pictures and summary.md.
+    """Measures the best weights on validation and test images; writes predictions, pictures, summary.md, report.html.
 
     The test images are looked at here and nowhere else. Without any, the validation images stand in and the page says
     so.
@@ -41,8 +52,75 @@ def report_run(run: Run, data: LabelledImages, reporter: Reporter) -> dict[str, 
     write_json(run.folder / "metrics.json", {split: m.to_dict() for split, m in measured.items()})
     split = "test" if "test" in measured else "val"
     images: ImageSet = getattr(data, split)
-    reporter.say("drawing pictures and writing summary.md")
+    reporter.say("drawing pictures and writing summary.md and report.html")
     figures = draw(run, predictor, images, results[split], split)
+    write_pages(run, data, predictor, measured[split], split, results[split], figures)
+    pictures = {Path(name).stem: run.folder / name for _, name in figures}
+    send_results(run.folder, run.config, measured, pictures, reporter.say)
+    reporter.say(headline(split, measured[split]))
+    return measured
+
+
+def write_pages(
+    run: Run,
+    data: LabelledImages,
+    predictor: Predictor,
+    metrics: Metrics,
+    split: str,
+    probabilities: np.ndarray,
+    figures: list[tuple[str, str]],
+) -> None:
+    """Writes summary.md and report.html on the images of one split."""
+    images: ImageSet = getattr(data, split)
+    title = f"{run.config.model.name} on {Path(data.source).name or data.source}"
+    command = run.info["command"] or "sansmax train --config config.yaml --output RUN"
+    about = [*data.describe().splitlines(), f"The figures {{}} are of the {split} images."]
+    model, settings, cost = model_of(run, predictor), settings_of(run.config), cost_of(run)
+    notes, environment, name = notes_on(data, split), run.info["environment"], run.config.model.name
+    parameters = num_parameters(predictor.network)
+    run_summary(
+        run.folder / "summary.md",
+        title=title,
+        command=command,
+        data_lines=[line.format("below") for line in about],
+        model_name=name,
+        parameters=parameters,
+        cost=cost,
+        metrics=metrics,
+        others={},
+        figures=figures,
+        notes=notes,
+        environment=environment,
+        model=model,
+        settings=settings,
+    )
+    # these pictures are of the gallery, which shows more of them
+    shown = [(caption, run.folder / file) for caption, file in figures if file != "worst.png"]
+    worst = error_cases(predictor, images, probabilities, run.classes)
+    configuration = dump_config(run.config)
+    facts = RunFacts(
+        title,
+        name,
+        parameters,
+        metrics,
+        split,
+        counts_of(data),
+        [line.format("above") for line in about],
+        model,
+        settings,
+        configuration,
+        cost,
+        shown,
+        worst,
+        notes,
+        command,
+        environment,
+    )
+    write_run_page(run.folder / "report.html", facts)
+
+
+def notes_on(data: LabelledImages, split: str) -> list[str]:
+    """What a reader has to know of the images."""
     notes = []
     if split == "val":
         notes.append(
@@ -50,22 +128,7 @@ def report_run(run: Run, data: LabelledImages, reporter: Reporter) -> dict[str, 
         )
     if data.bad:
         notes.append(f"{len(data.bad)} images could not be read and were left out; bad_images.csv names them.")
-    run_summary(
-        run.folder / "summary.md",
-        title=f"{run.config.model.name} on {Path(data.source).name or data.source}",
-        command=run.info["command"] or "sansmax train --config config.yaml --output RUN",
-        data_lines=[*data.describe().splitlines(), f"The figures below are of the {split} images."],
-        model_name=run.config.model.name,
-        parameters=num_parameters(predictor.network),
-        cost=cost_of(run),
-        metrics=measured[split],
-        others={},
-        figures=figures,
-        notes=notes,
-        environment=run.info["environment"],
-    )
-    reporter.say(headline(split, measured[split]))
-    return measured
+    return notes
 
 
 def measure_set(
@@ -92,18 +155,6 @@ def headline(split: str, metrics: Metrics) -> str:
     return f"{split}: {figures} on {metrics.images:,} images"
 
 
-def cost_of(run: Run) -> dict[str, Any]:
-    """What training took, from the rows of metrics.csv."""
-    rows = read_rows(run.folder / METRICS)
-    if not rows:
-        return {}
-    return {
-        "epochs": rows[-1]["epoch"],
-        "training time": f"{rows[-1]['seconds']:.0f} s",
-        "images per second": f"{np.median([r['images_per_second'] for r in rows]):.0f}",
-    }
-
-
 def draw(
     run: Run, predictor: Predictor, images: ImageSet, probabilities: np.ndarray, split: str
 ) -> list[tuple[str, str]]:
@@ -120,7 +171,9 @@ def draw(
     figures.append((f"ROC curve of the {split} images", "roc.png"))
     confusion_matrix(images.labels, probabilities, classes, folder / "confusion.png")
     figures.append((f"True against predicted class of the {split} images", "confusion.png"))
-    if (worst := worst_errors(images, probabilities)).size:
+    calibration_curve(images.labels, probabilities, classes, folder / "calibration.png")
+    figures.append((f"Confidence against accuracy on the {split} images", "calibration.png"))
+    if (worst := worst_errors(images.labels, probabilities)).size:
         draw_worst(images, probabilities, worst, classes, folder / "worst.png")
         figures.append(("The errors made with the most confidence", "worst.png"))
     if takes_mask(predictor.network):
@@ -131,21 +184,11 @@ def draw(
     return figures
 
 
-def worst_errors(images: ImageSet, probabilities: np.ndarray) -> np.ndarray:
-    """Indices of wrongly classified images, the most confident first."""
-    wrong = np.flatnonzero(probabilities.argmax(1) != images.labels)
-    return wrong[np.argsort(-probabilities[wrong].max(1), kind="stable")][:WORST]
-
-
 def draw_worst(
     images: ImageSet, probabilities: np.ndarray, worst: np.ndarray, classes: tuple[str, ...], path: Path
 ) -> None:
     """The worst errors as a grid of pictures."""
-    titles = [
-        f"{images.names[i]}\n{classes[images.labels[i]]} taken for {classes[probabilities[i].argmax()]} "
-        f"({100 * probabilities[i].max():.0f} %)"
-        for i in worst
-    ]
+    titles = [f"{images.names[i]}\n{in_words(int(images.labels[i]), probabilities[i], classes)}" for i in worst]
     sample_grid([images.read(int(i)) for i in worst], titles, path, title="Errors made with the most confidence")
 
 
