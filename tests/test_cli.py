@@ -113,7 +113,7 @@ WRONG = {
     "no value": (("--set", "epochs"), "--set takes key=value, got 'epochs'"),
     "value": (("--set", "epochs=many"), "epochs: Input should be a valid integer"),
     "too small": (("--set", "batch_size=0"), "batch_size: Input should be greater than or equal to 1, got 0"),
-    "optimiser": (("--set", "optim.opt=adamww"), "optim.opt='adamww' is no optimiser of timm's"),
+    "optimiser": (("--set", "optim.opt=adamww"), "unknown optimiser optim.opt 'adamww': did you mean 'adamw'"),
     "policy": (("--set", "augment.auto=foo"), "unknown augmentation policy 'foo'"),
     "mixing": (("--set", "mixup=0.5", "--set", "loss=focal"), "cannot be combined with mixup"),
     "mean": (("--set", "data.mean=[0.1,0.2]", "--set", "in_chans=1"), "data.mean has 2 values and the network 1"),

@@ -175,9 +175,9 @@ def test_the_weights_kept_are_those_of_the_best_epoch(monitor, tmp_path, monkeyp
 
     original = callbacks.save_weights
 
-    def saving(network, path):
+    def saving(network, path, **how):
         kept.append(len(rows_of(tmp_path / "run")) + 1 if (tmp_path / "run" / "metrics.csv").exists() else 1)
-        original(network, path)
+        original(network, path, **how)
 
     monkeypatch.setattr(callbacks, "save_weights", saving)
     # too high a rate, so that later epochs are worse than earlier ones
