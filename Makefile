@@ -34,9 +34,10 @@ $(READY): requirements.lock pyproject.toml
 demo: $(READY)
 	$(BIN)/sansmax demo --output runs/demo --overwrite
 
-# two processes of one thread each: small tensors gain nothing from threads
+# two processes of one thread each: small tensors gain nothing from threads; neighbours, which share what they need,
+# stay in one process
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 check: $(READY)
 	$(BIN)/ruff format --check .

@@ -27,8 +27,8 @@ class Operation(nn.Module):
 
 OPERATIONS = {
     "softmax": (softmax_attention, ["auto"]),
-    "seqnorm": (seqnorm_attention, ["quadratic", "linear"]),
-    "sima": (sima_attention, ["quadratic", "linear"]),
+    "seqnorm": (seqnorm_attention, ["linear"]),
+    "sima": (sima_attention, ["linear"]),
 }
 
 def subjects():
