@@ -1,7 +1,8 @@
 # What a person types. Each target sets up what it needs; `make setup` alone is never required.
 #
 #   make demo    the main job on digit mosaics, into runs/demo
-#   make test    the whole test suite
+#   make test    the test suite, ten minutes
+#   make test-slow  what compiles, starts clusters or fills memory: five minutes more
 #   make check   formatting, lint, types
 #   make bench   the benchmarks, into benchmarks/results
 #   make docs    the documentation, into site
@@ -12,7 +13,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test check bench docs lock clean
+.PHONY: setup demo test test-slow check bench docs lock clean
 .DEFAULT_GOAL := help
 
 help:
@@ -38,6 +39,9 @@ demo: $(READY)
 # stay in one process
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-slow: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow
 
 check: $(READY)
 	$(BIN)/ruff format --check .

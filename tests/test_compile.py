@@ -98,6 +98,7 @@ print(json.dumps(wrong))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", [COMPILE, EXPORT], ids=["compile", "export"])
 def test_graphs_are_whole_and_hold_for_any_size(script):
     assert_nothing_wrong(SETUP + script)

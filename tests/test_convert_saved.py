@@ -131,5 +131,6 @@ print(json.dumps(wrong))
 """
 
 
+@pytest.mark.slow
 def test_converted_networks_compile_whole_and_export():
     assert_nothing_wrong(COMPILED)

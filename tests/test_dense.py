@@ -247,6 +247,7 @@ def test_a_segmenter_learns_one_image_by_heart():
     assert np.nanmean(values) > 0.7
 
 
+@pytest.mark.slow
 def test_a_segmenter_compiles_and_exports(assert_same):
     model = segmenter("soft_tiny", 3, out_channels=8, head_channels=8, model_arguments=NARROW).eval()
     x = torch.rand(1, 3, 50, 64)
@@ -388,6 +389,7 @@ def example(name, *arguments, folder):
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "arguments", "figure"),
     [("detection.py", ["--detector", "mask_rcnn"], "AP@0.5"), ("segmentation.py", [], "mIoU")],

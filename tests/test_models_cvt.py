@@ -382,6 +382,7 @@ print(json.dumps(wrong))
 """
 
 
+@pytest.mark.slow
 def test_networks_compile_whole_and_export_for_any_batch():
     text = COMPILED.replace("**SMALL", f"**{SMALL | {'depths': (1, 1, 1)}!r}")
     assert_nothing_wrong(text)

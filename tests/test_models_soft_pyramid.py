@@ -249,5 +249,6 @@ print(json.dumps(wrong))
 """
 
 
+@pytest.mark.slow
 def test_networks_compile_whole_and_export_for_any_batch():
     assert_nothing_wrong(COMPILED)

@@ -356,5 +356,6 @@ print(json.dumps(wrong))
 """
 
 
+@pytest.mark.slow
 def test_operations_and_networks_compile_whole_and_export_for_any_batch():
     assert_nothing_wrong(COMPILED)

@@ -205,5 +205,6 @@ print(json.dumps(wrong))
 """
 
 
+@pytest.mark.slow
 def test_the_network_compiles_whole_and_exports_for_any_batch():
     assert_nothing_wrong(COMPILED)

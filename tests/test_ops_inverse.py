@@ -207,5 +207,6 @@ print(json.dumps(wrong))
 """
 
 
+@pytest.mark.slow
 def test_exported_it_keeps_value_and_published_gradient():
     assert_nothing_wrong(EXPORTED)

@@ -357,6 +357,7 @@ def child():
     return answer_of(CHILD)
 
 
+@pytest.mark.slow
 def test_memory_is_linear_in_the_number_of_tokens(child):
     blocks, features = child[0]
     # the matrix has 1 GiB; the tokens 0.5 MiB, some twenty times with gradients and copies in backward

@@ -219,6 +219,7 @@ print(json.dumps(wrong))
 """
 
 
+@pytest.mark.slow
 def test_attention_compiles_whole_and_exports_for_any_batch_and_number_of_tokens():
     assert_nothing_wrong(COMPILED)
 

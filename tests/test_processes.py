@@ -276,14 +276,15 @@ def test_three_processes_train_what_one_does(one, tmp_path):
         same(one / name, tmp_path / name)
 
 
-OTHERS = {"fsdp": {"parallel__strategy": "fsdp"}, "tokens": {"parallel__sequence_parallel": 2}}
+# four processes: two pairs, each of which shares the tokens of its images
+OTHERS = {"fsdp": (2, {"parallel__strategy": "fsdp"}), "tokens": (4, {"parallel__sequence_parallel": 2})}
 
 
-def test_parameters_and_tokens_are_shared_out_and_nothing_changes(one, tmp_path):
-    cases = {name: {**CASES["mixed"], **keys} for name, keys in OTHERS.items()}
-    in_processes(2, _train, tmp_path, cases)
-    for name in cases:
-        same(one / "mixed", tmp_path / name)
+@pytest.mark.parametrize("name", OTHERS)
+def test_parameters_and_tokens_are_shared_out_and_nothing_changes(name, one, tmp_path):
+    world, keys = OTHERS[name]
+    in_processes(world, _train, tmp_path, {name: {**CASES["mixed"], **keys}})
+    same(one / "mixed", tmp_path / name)
 
 
 BAGS = {
@@ -343,6 +344,7 @@ def wait_for_an_epoch(process, run):
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_torchrun_stopped_and_a_process_killed_go_on_as_if_nothing_had_been(tmp_path):
     words = [*_words(**LONG), "--output"]
     asked, killed = tmp_path / "asked", tmp_path / "killed"

@@ -135,6 +135,7 @@ write_synthetic_slide(sys.argv[1] + "/c.tif", (60000, 60000))
 """
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_picture_and_a_killed_writer_leaves_no_slide(tmp_path):
     with subprocess.Popen([sys.executable, "-c", WRITE, str(tmp_path)], stdout=subprocess.PIPE, text=True) as process:
         # the picture has 412 MiB

@@ -234,6 +234,7 @@ for logits in found:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of memory from /proc")
 def test_memory_is_that_of_a_chunk():
     run = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True)

@@ -21,6 +21,7 @@ def test_what_is_missing_for_a_cluster_is_named(slides, tmp_path, monkeypatch):
 
 
 # what the cluster's own parts warn of is not ours to judge
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_a_cluster_writes_the_files_that_one_machine_writes(slides, tmp_path):
     pytest.importorskip("pyarrow", reason="ray's data sets need pyarrow")
