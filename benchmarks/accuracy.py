@@ -70,9 +70,13 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def config_of(arguments: argparse.Namespace, study: Study, size: int, attention: str, seed: int) -> TrainConfig:
-    """The recipe of a study for one size, attention and seed."""
+def config_of(
+    arguments: argparse.Namespace, study: Study, size: int, attention: str, seed: int, patch_size: int | None = None
+) -> TrainConfig:
+    """The recipe of a study for one size, attention and seed, and another side of the patches where one is given."""
     changes: dict[str, Any] = {"seed": seed, "model.options.attention": attention, "data.image_size": size}
+    if patch_size is not None:
+        changes["model.options.patch_size"] = patch_size
     if study.epochs is not None:
         changes["epochs"] = study.epochs
     if study.data == "idrid":

@@ -25,9 +25,20 @@ from sansmax.engine.memory import give_back, peak_mib
 from sansmax.engine.module import Classifier
 from sansmax.engine.progress import Reporter
 from sansmax.engine.train import augmentation, open_training_data
-from sansmax.report.tables import write_rows
+from sansmax.report.tables import read_rows, write_rows
 
-COLUMNS = ("image_size", "tokens", "attention", "images", "epoch_seconds", "low", "high", "peak_mib", "threads")
+COLUMNS = (
+    "image_size",
+    "patch_size",
+    "tokens",
+    "attention",
+    "images",
+    "epoch_seconds",
+    "low",
+    "high",
+    "peak_mib",
+    "threads",
+)
 STUDY = "idrid"
 
 
@@ -36,6 +47,9 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--idrid", type=Path, required=True, help="folder of IDRiD's pictures and labels.csv")
     parser.add_argument("--sizes", type=int, nargs="+", default=list(STUDIES[STUDY].sizes))
+    parser.add_argument(
+        "--patch-size", type=int, default=16, help="side of a token; rows of other sides stay as they are"
+    )
     parser.add_argument("--rounds", type=int, default=7, help="times that are taken of each arm")
     parser.add_argument("--steps", type=int, default=2, help="steps of a time")
     parser.add_argument("--runs", type=Path, default=Path("runs/accuracy"))
@@ -49,7 +63,7 @@ class Loop:
     """Training steps of one arm: the loop of the trainer, without what it writes."""
 
     def __init__(self, arguments: argparse.Namespace, attention: str, size: int) -> None:
-        config = config_of(arguments, STUDIES[STUDY], size, attention, 0)
+        config = config_of(arguments, STUDIES[STUDY], size, attention, 0, patch_size=arguments.patch_size)
         data = open_training_data(config.data, config.seed, Reporter(quiet=True))
         assert data.train is not None
         torch.manual_seed(0)
@@ -60,7 +74,7 @@ class Loop:
         )
         self.module = Classifier(network, config.optim, len(data.classes), config.epochs, len(self.loader), 0)
         self.optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4)
-        self.images, self.tokens = len(data.train), (size // 16) ** 2
+        self.images, self.tokens = len(data.train), (size // arguments.patch_size) ** 2
         self.batches = iter(self.loader)
 
     def step(self) -> None:
@@ -110,13 +124,16 @@ def main() -> None:
                     times[attention].append(seconds)
         for attention, loop in loops.items():
             middle, low, high = statistics.median(times[attention]), min(times[attention]), max(times[attention])
-            row = {"image_size": size, "tokens": loop.tokens, "attention": attention, "images": loop.images}
+            row = {"image_size": size, "patch_size": arguments.patch_size, "tokens": loop.tokens}
+            row |= {"attention": attention, "images": loop.images}
             row |= {"epoch_seconds": round(middle, 2), "low": round(low, 2), "high": round(high, 2)}
             rows.append({**row, "peak_mib": round(memory(attention, size)), "threads": torch.get_num_threads()})
             print(rows[-1], flush=True)
         loops.clear()
         give_back()
-    print("written:", write_rows(arguments.output / "accuracy_cost.csv", COLUMNS, rows))
+    path = arguments.output / "accuracy_cost.csv"
+    others = [r for r in (read_rows(path) if path.exists() else []) if r["patch_size"] != arguments.patch_size]
+    print("written:", write_rows(path, COLUMNS, [*others, *rows]))
 
 
 if __name__ == "__main__":

@@ -95,19 +95,20 @@ def growing(rows: list[Row], study: str, predictions: Predictions) -> str:
 
 def cost_table(cost: list[Row]) -> str:
     """Seconds and memory of an epoch, and how many times as long softmax takes."""
-    softmax = {r["image_size"]: r for r in cost if r["attention"] == "softmax"}
+    softmax = {(r["image_size"], r["patch_size"]): r for r in cost if r["attention"] == "softmax"}
     lines = [
         [
             f"{r['image_size']} px",
+            f"{r['patch_size']} px",
             r["tokens"],
             r["attention"],
             f"{r['epoch_seconds']:.1f} s",
-            f"{softmax[r['image_size']]['epoch_seconds'] / r['epoch_seconds']:.1f}",
+            f"{softmax[r['image_size'], r['patch_size']]['epoch_seconds'] / r['epoch_seconds']:.1f}",
             f"{r['peak_mib']:.0f} MiB",
         ]
         for r in cost
     ]
-    return table(["size", "tokens", "attention", "an epoch", "softmax takes, times", "peak memory"], lines)
+    return table(["size", "patch", "tokens", "attention", "an epoch", "softmax takes, times", "peak memory"], lines)
 
 
 def write_page(folder: Path, rows: list[Row], predictions: Predictions, environment: dict[str, Any]) -> str:
@@ -159,7 +160,7 @@ def draw(path: Path, rows: list[Row], cost: list[Row]) -> bool:
                 if panel in GROWING:
                     _auc_line(axes, [r for r in rows if (r["study"], r["attention"]) == (panel, attention)], colours)
                 else:
-                    own = [r for r in cost if r["attention"] == attention]
+                    own = [r for r in cost if (r["attention"], r["patch_size"]) == (attention, 16)]
                     axes.plot([r["image_size"] for r in own], [r[panel] for r in own], "o-", color=colours[attention])
             _frame(axes, panel, sorted({r["image_size"] for r in [*rows, *cost] if r["image_size"] > 28}))
         handles = [every[0].plot([], [], "o-", color=colours[a], label=a)[0] for a in arms]
@@ -190,6 +191,13 @@ def _frame(axes: Any, panel: str, sizes: list[int]) -> None:
     if panel in GROWING:
         axes.set_title(GROWING[panel])
         axes.set_ylabel("test AUC")
+        # from chance on: what differs by less than seeds do should not look large
+        axes.set_ylim(0.5, max(0.8, axes.get_ylim()[1]))
         return
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_title({"epoch_seconds": "Seconds of an epoch", "peak_mib": "Peak memory in MiB"}[panel])
