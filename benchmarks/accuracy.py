@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 
 from benchmarks.accuracy_page import write_page
-from sansmax.engine.config import TrainConfig, differences, load_config
+from benchmarks.trained import trained
+from sansmax.engine.config import TrainConfig, load_config
 from sansmax.engine.progress import Reporter
-from sansmax.engine.run import Run, is_run, read_json
-from sansmax.engine.train import train
+from sansmax.engine.run import Run, read_json
 from sansmax.errors import InputError
 from sansmax.report.tables import as_csv, read_rows, write_rows
 
@@ -105,20 +105,6 @@ def idrid_table(folder: Path, runs: Path) -> Path:
     return table
 
 
-def trained(config: TrainConfig, folder: Path, reporter: Reporter) -> Run:
-    """The finished run in `folder`: as it is there, taken up where it stopped, or new."""
-    if not is_run(folder):
-        return train(config, folder, command="python -m benchmarks.accuracy", reporter=reporter)
-    run = Run.open(folder)
-    if changed := differences(run.config, config):
-        raise InputError(
-            f"the run {folder} was trained with another configuration:\n  "
-            + "\n  ".join(changed)
-            + "\nremove it, or give another folder with --runs"
-        )
-    return run if run.info["state"] == "finished" else train(None, folder, resume=True, reporter=reporter)
-
-
 def row_of(folder: Path, study: str, size: int, attention: str, seed: int) -> dict[str, Any]:
     """One line of accuracy.csv, from the files of a finished run."""
     scores = read_json(folder / "metrics.json")["test"]["scores"]
@@ -149,7 +135,8 @@ def main() -> None:
             folder = arguments.runs / f"{name}-{size}-{attention}-seed{seed}"
             if not arguments.page:
                 reporter.say(f"{name}, {size} px, {attention}, seed {seed}", style="bold")
-                trained(config_of(arguments, study, size, attention, seed), folder, reporter)
+                config = config_of(arguments, study, size, attention, seed)
+                trained(config, folder, "python -m benchmarks.accuracy", reporter)
             if (folder / "metrics.json").exists():
                 rows.append(row_of(folder, name, size, attention, seed))
                 environment = Run.open(folder).info["environment"]

@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import do_it_again
-from sansmax.engine.config import TrainConfig, differences, load_config
+from benchmarks.trained import trained
+from sansmax.engine.config import TrainConfig, load_config
 from sansmax.engine.evaluate import evaluate
 from sansmax.engine.progress import Reporter
-from sansmax.engine.run import Run, is_run
-from sansmax.engine.train import train
-from sansmax.errors import InputError
+from sansmax.engine.run import Run
 from sansmax.report.metrics import Metrics
 from sansmax.report.summary import interval_text, table, write_summary
 from sansmax.report.tables import read_rows, write_rows
@@ -67,23 +66,12 @@ def config_of(arguments: argparse.Namespace, attention: str, seed: int) -> Train
     return load_config(RECIPE, changes)
 
 
-def trained(config: TrainConfig, folder: Path, reporter: Reporter) -> Run:
-    """The finished run in `folder`: as it is there, taken up where it stopped, or new."""
-    if not is_run(folder):
-        command = f"sansmax train {config.data.source} --config recipes/{RECIPE.name} --output {folder}"
-        options = config.model.options.get("attention")
-        command += f" --seed {config.seed}" + (f" --set model.options.attention={options}" if options else "")
-        if config.epochs != load_config(RECIPE).epochs:
-            command += f" --epochs {config.epochs}"
-        return train(config, folder, command=command, reporter=reporter)
-    run = Run.open(folder)
-    if changed := differences(run.config, config):
-        raise InputError(
-            f"the run {folder} was trained with another configuration:\n  "
-            + "\n  ".join(changed)
-            + "\nremove it, or give another folder with --runs"
-        )
-    return run if run.info["state"] == "finished" else train(None, folder, resume=True, reporter=reporter)
+def command_of(config: TrainConfig, folder: Path) -> str:
+    """What a person types to train the same."""
+    command = f"sansmax train {config.data.source} --config recipes/{RECIPE.name} --output {folder}"
+    options = config.model.options.get("attention")
+    command += f" --seed {config.seed}" + (f" --set model.options.attention={options}" if options else "")
+    return command + (f" --epochs {config.epochs}" if config.epochs != load_config(RECIPE).epochs else "")
 
 
 def measured(run: Run, mirrored: bool, reporter: Reporter) -> Metrics:
@@ -141,7 +129,8 @@ def main() -> None:
         for seed in arguments.seeds:
             folder = arguments.runs / f"{attention}-seed{seed}"
             reporter.say(f"{attention}, seed {seed}", style="bold")
-            run = trained(config_of(arguments, attention, seed), folder, reporter)
+            config = config_of(arguments, attention, seed)
+            run = trained(config, folder, command_of(config, folder), reporter)
             environment = run.info["environment"]
             for mirrored in (True, False):
                 metrics = measured(run, mirrored, reporter)

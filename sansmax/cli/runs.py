@@ -87,8 +87,17 @@ def train(
 
     if output is None:
         raise InputError("give the folder of the run: --output RUN")
-    chosen_trackers = trackers(tensorboard=tensorboard, wandb=wandb, mlflow=mlflow)
-    parallel = {"parallel.devices": devices, "parallel.sequence_parallel": sequence_parallel}
+    of_both = {
+        "model.name": model,
+        "model.initial_checkpoint": initial_checkpoint,
+        "model.convert": convert,
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "seed": seed,
+        "parallel.devices": devices,
+        "parallel.sequence_parallel": sequence_parallel,
+        "track.loggers": trackers(tensorboard=tensorboard, wandb=wandb, mlflow=mlflow),
+    }
     if is_of_bags(bags, output):
         train_on_bags(
             output,
@@ -100,14 +109,7 @@ def train(
                 "data.label": label_column,
                 "data.case_column": group_column,
                 "data.allow_missing": skip_bad or None,
-                "model.name": model,
-                "model.initial_checkpoint": initial_checkpoint,
-                "model.convert": convert,
-                "epochs": epochs,
-                "batch_size": batch_size,
-                "seed": seed,
-                **parallel,
-                "track.loggers": chosen_trackers,
+                **of_both,
             },
             {"--image-size": image_size, "--path-column": path_column, "--split-column": split_column, "--root": root},
             config=config,
@@ -121,21 +123,14 @@ def train(
         raise InputError("--task and --folds are for bags of features; give their folder with --bags")
     given: dict[str, Any] = {
         "data.source": data,
-        "model.name": model,
-        "model.initial_checkpoint": initial_checkpoint,
-        "model.convert": convert,
         "data.image_size": None if image_size is None else parse_size(image_size),
-        "epochs": epochs,
-        "batch_size": batch_size,
-        "seed": seed,
-        **parallel,
         "data.path_column": path_column,
         "data.label_column": label_column,
         "data.split_column": split_column,
         "data.group_column": group_column,
         "data.root": None if root is None else str(root),
         "data.skip_bad": skip_bad or None,
-        "track.loggers": chosen_trackers,
+        **of_both,
     }
     if resume and config is None and (output / "config.yaml").exists():
         # what is not given stays as the run has it; what is given has to agree with it

@@ -21,8 +21,8 @@ from sansmax.engine.bag_run import BagRun, build_slide_network
 from sansmax.engine.bag_train import fit_bags, predict_run
 from sansmax.engine.callbacks import METRICS
 from sansmax.engine.cross_validate import MARK, CrossValidation, cross_validate, without_empty
-from sansmax.engine.launch import launch
-from sansmax.engine.processes import Processes, check_alone, joined, processes_to_start
+from sansmax.engine.launch import spread
+from sansmax.engine.processes import Processes, check_alone
 from sansmax.engine.progress import Reporter
 from sansmax.engine.run import is_run, read_json
 from sansmax.engine.trackers import check_trackers
@@ -55,11 +55,7 @@ def train_bags(
     """
     output, reporter = Path(output), reporter or Reporter(quiet=True)
     how: dict[str, Any] = {"resume": resume, "overwrite": overwrite, "command": command}
-    if count := processes_to_start(config.parallel):
-        launch("bags", config, output, count, reporter, **how)
-        return BagRun.open(output)
-    with joined(config.parallel, config.device) as processes:
-        return _train_bags(config, output, processes, reporter if processes.is_first else Reporter(quiet=True), **how)
+    return spread("bags", config, output, reporter, _train_bags, **how) or BagRun.open(output)
 
 
 def _train_bags(

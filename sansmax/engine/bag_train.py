@@ -18,19 +18,16 @@ from sansmax.engine.build import num_parameters
 from sansmax.engine.config import differences
 from sansmax.engine.processes import Processes, check_alone, check_shared_out, joined, processes_to_start
 from sansmax.engine.progress import Reporter
-from sansmax.engine.run import check_folder, explained_disk, is_run, prepare_folder, write_json
+from sansmax.engine.run import START, check_folder, explained_disk, is_run, prepare_folder, write_json
 from sansmax.engine.starting import at_hand, write_report
 from sansmax.engine.stopping import StopNow, Stopped, StopSignal
 from sansmax.engine.trackers import check_trackers
 from sansmax.errors import InputError, listed
-from sansmax.files import write_text
+from sansmax.files import PARTIAL, write_text
 from sansmax.models.slide import FeatureNetwork
 from sansmax.report.tables import as_csv
 
 __all__ = ["BagRun", "fit_bags", "fit_or_resume", "predict_bags", "predict_run"]
-
-# what is written before run.json, which makes a folder a run
-START = ("data.txt", "splits.csv", "config.yaml")
 
 
 def fit_bags(
@@ -79,19 +76,16 @@ def fit_bags(
             return run
     if not len(val) and (config.monitor != "last" or config.patience):
         raise InputError("there are no patients to validate with: give some, or --set monitor=last")
-    o = config.optim
-    focal = o.focal_gamma if o.loss == "focal" else None
-    objective = Objective.of(cases.task, train.targets, cases.outputs, o.class_weights, o.smoothing, o.ties, focal)
+    objective = _objective(config, cases, train)
     torch.manual_seed(config.seed)
     width = _width(bags, network)
     started: list[str] = []
     if network is None:
         network = start_slide_network(at_hand(config.model, folder, resume), width, cases.outputs, started.append)
     if processes.sequence > 1:
-        from sansmax.engine.parallel import check_no_token_randomness, check_shardable
+        from sansmax.engine.parallel import check_trains_shared
 
-        check_shardable(network)
-        check_no_token_randomness(network.train())
+        check_trains_shared(network)
     with explained_disk(folder):
         processes.check_same("the patients, or their parts,", _splits(train, val))
         if not resume:
@@ -126,7 +120,7 @@ def fit_or_resume(
     if not there and folder.is_dir():
         for name in START:
             (folder / name).unlink(missing_ok=True)
-        for partial in folder.glob(".*.????????.*"):
+        for partial in folder.glob(PARTIAL):
             partial.unlink()
     fit_bags(config, None, bags, cases, train_ids, val_ids, folder, resume=there, reporter=reporter)
 
@@ -147,6 +141,13 @@ def _parts(
     if not len(kept[0]):
         raise InputError("there are no patients to train on: " + ("; ".join(notes) or "the training part is empty"))
     return kept[0], kept[1], notes
+
+
+def _objective(config: BagConfig, cases: Cases, train: Cases) -> Objective:
+    """The loss of the configuration for the training patients."""
+    o = config.optim
+    focal = o.focal_gamma if o.loss == "focal" else None
+    return Objective.of(cases.task, train.targets, cases.outputs, o.class_weights, o.smoothing, o.ties, focal)
 
 
 def _width(bags: Any, network: FeatureNetwork | None) -> int:

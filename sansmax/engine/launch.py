@@ -12,16 +12,36 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sansmax.engine.config import TrainConfig
 from sansmax.engine.progress import Reporter
 from sansmax.engine.stopping import Stopped, StopSignal, resume_command
 from sansmax.errors import InputError
 
+T = TypeVar("T")
 # seconds the others get to end by themselves when one has ended badly, and to write a checkpoint when asked to stop
 GRACE, TO_STOP = 10.0, 120.0
+
+
+def spread(kind: str, config: Any, output: Path, reporter: Reporter, work: Callable[..., T], **how: Any) -> T | None:
+    """What `work(config, output, processes, reporter, **how)` gives in each of the processes that train together.
+
+    None where they had to be started here, and have ended; `kind` and `how` are those of `launch`. Only the first
+    process speaks.
+    """
+    from sansmax.engine.processes import joined, processes_to_start
+    from sansmax.engine.run import check_folder
+
+    if count := processes_to_start(config.parallel):
+        # each of them says it too, but it takes them seconds to start
+        check_folder(output, overwrite=how["overwrite"], resume=how["resume"])
+        launch(kind, config, output, count, reporter, **how)
+        return None
+    with joined(config.parallel, config.device) as processes:
+        return work(config, output, processes, reporter if processes.is_first else Reporter(quiet=True), **how)
 
 
 def launch(kind: str, config: Any, output: Path, count: int, reporter: Reporter, **how: Any) -> None:

@@ -166,6 +166,12 @@ def check_shardable(network: nn.Module) -> None:
         )
 
 
+def check_trains_shared(network: nn.Module) -> None:
+    """Raises InputError for a network that several processes cannot train with the tokens of an image shared out."""
+    check_shardable(network)
+    check_no_token_randomness(network.train())
+
+
 def check_no_token_randomness(network: nn.Module) -> None:
     """Raises InputError for parts that draw random numbers for each token: they would depend on the shares."""
     for name, part in network.named_modules():

@@ -16,8 +16,8 @@ from sansmax.data.sets import LabelledImages
 from sansmax.engine.build import build_preprocess, num_parameters
 from sansmax.engine.config import DataConfig, TrainConfig, differences
 from sansmax.engine.distill import Teacher, load_teacher
-from sansmax.engine.launch import launch
-from sansmax.engine.processes import Processes, check_shared_out, joined, processes_to_start
+from sansmax.engine.launch import spread
+from sansmax.engine.processes import Processes, check_shared_out
 from sansmax.engine.progress import Reporter
 from sansmax.engine.run import Run, check_folder, explained_disk, prepare_folder, write_json, write_start
 from sansmax.engine.starting import at_hand, start_model, write_report
@@ -52,12 +52,7 @@ def train(
         raise InputError("a new run needs a configuration; give DATA, or --resume to go on with a run")
     how: dict[str, Any] = {"overwrite": overwrite, "resume": resume, "command": command}
     config = Run.open(output).config if config is None else config
-    if count := processes_to_start(config.parallel):
-        check_folder(output, overwrite=overwrite, resume=resume)
-        launch("images", config, output, count, reporter, **how)
-        return Run.open(output)
-    with joined(config.parallel, config.device) as processes:
-        return _train(config, output, processes, reporter if processes.is_first else Reporter(quiet=True), **how)
+    return spread("images", config, output, reporter, _train, **how) or Run.open(output)
 
 
 def _train(
@@ -120,10 +115,9 @@ def check_buildable(config: TrainConfig) -> None:
     network = start_model(config.model.model_copy(update={"pretrained": False}), config.data, 2, in_chans)
     build_preprocess(network, config.data, in_chans)
     if config.parallel.sequence_parallel > 1:
-        from sansmax.engine.parallel import check_no_token_randomness, check_shardable
+        from sansmax.engine.parallel import check_trains_shared
 
-        check_shardable(network)
-        check_no_token_randomness(network.train())
+        check_trains_shared(network)
     augmentation(config)
     from sansmax.engine.module import Classifier
 

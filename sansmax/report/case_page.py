@@ -50,13 +50,12 @@ def _write_html(
     notes: Sequence[str],
     info: Mapping[str, Any],
 ) -> None:
-    scores = [[TITLES[n], interval_text(v, percent=False)] for n, v in metrics.scores.items()]
-    each = "class" if preds.task == "classification" else "target"
+    scores = _scores(metrics)
     command = str(info.get("command") or "").strip()
     environment = [[name, value] for name, value in info.get("environment", {}).items()]
     sections: list[Section] = [
         ("Results", [Table(["", "95 % interval"], scores, note=how_to_read(preds, metrics))]),
-        (f"Each {each}", [Table(*class_cells(metrics))] if len(metrics.by_class) > 1 else []),
+        (_each(preds), [Table(*class_cells(metrics))] if len(metrics.by_class) > 1 else []),
         ("Worth knowing", [Lines(notes)] if notes else []),
         ("Pictures", [Figures([(caption, folder / name) for caption, name in figures])]),
         (
@@ -67,6 +66,14 @@ def _write_html(
     ]
     lead = [Text(headline(metrics, part).replace("**", ""))]
     write_page(folder / "report.html", _title(preds, info), lead, sections)
+
+
+def _scores(metrics: CaseMetrics) -> list[list[str]]:
+    return [[TITLES[name], interval_text(value, percent=False)] for name, value in metrics.scores.items()]
+
+
+def _each(preds: CasePredictions) -> str:
+    return "Each class" if preds.task == "classification" else "Each target"
 
 
 def _title(preds: CasePredictions, info: Mapping[str, Any]) -> str:
@@ -83,12 +90,12 @@ def _write_page(
     info: Mapping[str, Any],
 ) -> None:
     command = str(info.get("command") or "")
-    scores = [[TITLES[n], interval_text(v, percent=False)] for n, v in metrics.scores.items()]
+    scores = _scores(metrics)
     environment = [f"{k}: {v}" for k, v in info.get("environment", {}).items()]
     sections = [
         ("", headline(metrics, part)),
         ("Results", table(["", "95 % interval"], scores) + "\n\n" + how_to_read(preds, metrics)),
-        ("Each " + ("class" if preds.task == "classification" else "target"), class_rows(metrics)),
+        (_each(preds), class_rows(metrics)),
         ("Worth knowing", bullets(notes)),
         ("Pictures", "\n\n".join(figure_text(caption, link) for caption, link in figures)),
         ("Do it again", (f"```sh\n{command.strip()}\n```\n\n" if command else "") + bullets(environment)),
