@@ -259,7 +259,7 @@ def same(one, other, clocks=("seconds", "images_per_second", "tokens_per_second"
     a, b = (load_file(folder / "model.safetensors") for folder in (one, other))
     assert a.keys() == b.keys()
     for name in a:
-        torch.testing.assert_close(b[name], a[name], rtol=1e-3, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(b[name], a[name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.fixture(scope="module")

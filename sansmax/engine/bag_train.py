@@ -16,6 +16,7 @@ from sansmax.engine.bag_predict import predict_bags, predict_run, reader_for
 from sansmax.engine.bag_run import BagRun, start_slide_network, write_start
 from sansmax.engine.build import num_parameters
 from sansmax.engine.config import differences
+from sansmax.engine.locking import sole_writer
 from sansmax.engine.processes import Processes, check_alone, check_shared_out, joined, processes_to_start
 from sansmax.engine.progress import Reporter
 from sansmax.engine.run import START, check_folder, explained_disk, is_run, prepare_folder, write_json
@@ -86,7 +87,7 @@ def fit_bags(
         from sansmax.engine.parallel import check_trains_shared
 
         check_trains_shared(network)
-    with explained_disk(folder):
+    with explained_disk(folder), sole_writer(folder, processes):
         processes.check_same("the patients, or their parts,", _splits(train, val))
         if not resume:
             written = (folder, config, cases, train, val, bags, width, notes, command, overwrite, started)

@@ -10,6 +10,7 @@ model.safetensors  the best weights so far
 last.ckpt          everything needed to go on; previous.ckpt is the one before it
 metrics.jsonl      the same and more, a line at a time
 track.json, tensorboard/, wandb/, mlflow.db, mlartifacts/    trackers that were asked for
+.lock              while it is being trained; see `sansmax.engine.locking`
 metrics.json, predictions_*.csv, summary.md, report.html, *.png    written at the end
 """
 
@@ -33,6 +34,7 @@ from torch import nn
 from sansmax.data.loading import Preprocess
 from sansmax.engine.build import build_model
 from sansmax.engine.config import TrainConfig, dump_config, load_config
+from sansmax.engine.locking import LOCK
 from sansmax.engine.stopping import resume_command
 from sansmax.errors import InputError, listed
 from sansmax.files import PARTIAL, replacing, write_text
@@ -46,6 +48,7 @@ FILES = (
     *("metrics.json", "predictions_*.csv", "predictions_*.json", "summary.md", "*.png", "demo.json"),
     *("metrics.jsonl", "report.html", "track.json", "mlflow.db*"),
     PARTIAL,
+    LOCK,
 )
 # what is there before run.json makes a folder a run
 START = ("splits.csv", "bad_images.csv", "initial_checkpoint.txt", "data.txt", "config.yaml")
@@ -142,7 +145,7 @@ def check_folder(folder: Path, *, overwrite: bool, resume: bool) -> None:
     if resume:
         if not is_run(folder):
             raise InputError(f"{folder} holds no run to resume; leave out --resume to start one")
-    elif folder.is_dir() and any(folder.iterdir()):
+    elif _contents(folder):
         if half_a_start(folder):
             return
         if not is_run(folder):
@@ -169,8 +172,11 @@ def prepare_folder(folder: Path, *, overwrite: bool, resume: bool) -> None:
     if resume:
         return
     try:
-        if folder.is_dir() and any(folder.iterdir()):
-            shutil.rmtree(folder)
+        for path in _contents(folder):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"the folder {folder} cannot be made: {error.strerror}") from None
@@ -178,8 +184,13 @@ def prepare_folder(folder: Path, *, overwrite: bool, resume: bool) -> None:
 
 def half_a_start(folder: Path) -> bool:
     """Whether a folder holds just what is written before run.json: training was killed in its first moments."""
-    names = [path.name for path in folder.iterdir() if not path.match(PARTIAL)]
+    names = [path.name for path in _contents(folder) if not path.match(PARTIAL)]
     return {"splits.csv", "data.txt"} <= set(names) <= set(START)
+
+
+def _contents(folder: Path) -> list[Path]:
+    """What is in the folder, if it is there, but for the lock."""
+    return [path for path in folder.iterdir() if path.name != LOCK] if folder.is_dir() else []
 
 
 def _of_a_run(path: Path) -> bool:

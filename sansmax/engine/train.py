@@ -17,6 +17,7 @@ from sansmax.engine.build import build_preprocess, num_parameters
 from sansmax.engine.config import DataConfig, TrainConfig, differences
 from sansmax.engine.distill import Teacher, load_teacher
 from sansmax.engine.launch import spread
+from sansmax.engine.locking import sole_writer
 from sansmax.engine.processes import Processes, check_shared_out
 from sansmax.engine.progress import Reporter
 from sansmax.engine.run import Run, check_folder, explained_disk, prepare_folder, write_json, write_start
@@ -83,7 +84,7 @@ def _train(
     network = start_model(start, config.data, len(data.classes), in_chans, started.append)
     preprocess = build_preprocess(network, config.data, in_chans)
     teacher = load_teacher(config.distill, data.classes, preprocess)
-    with explained_disk(output), explained_workers(output):
+    with explained_disk(output), explained_workers(output), sole_writer(output, processes):
         processes.check_same(f"the images of {config.data.source}", _splits(data))
         if resume:
             _same_splits(output, data)
