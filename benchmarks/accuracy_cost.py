@@ -30,6 +30,7 @@ from sansmax.report.tables import read_rows, write_rows
 COLUMNS = (
     "image_size",
     "patch_size",
+    "precision",
     "tokens",
     "attention",
     "images",
@@ -47,9 +48,8 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--idrid", type=Path, required=True, help="folder of IDRiD's pictures and labels.csv")
     parser.add_argument("--sizes", type=int, nargs="+", default=list(STUDIES[STUDY].sizes))
-    parser.add_argument(
-        "--patch-size", type=int, default=16, help="side of a token; rows of other sides stay as they are"
-    )
+    parser.add_argument("--patch-size", type=int, default=16, help="side of a token; rows of others stay as they are")
+    parser.add_argument("--precision", default="32", choices=["32", "bf16"], help="rows of the other stay as they are")
     parser.add_argument("--rounds", type=int, default=7, help="times that are taken of each arm")
     parser.add_argument("--steps", type=int, default=2, help="steps of a time")
     parser.add_argument("--runs", type=Path, default=Path("runs/accuracy"))
@@ -76,6 +76,7 @@ class Loop:
         self.optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4)
         self.images, self.tokens = len(data.train), (size // arguments.patch_size) ** 2
         self.batches = iter(self.loader)
+        self.half = torch.autocast("cpu", torch.bfloat16, enabled=arguments.precision == "bf16")
 
     def step(self) -> None:
         """Draws a batch and learns from it."""
@@ -85,7 +86,9 @@ class Loop:
             batch = next(self.batches)
         assert batch is not None
         self.optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(self.module.network(batch.images), batch.labels).backward()
+        with self.half:
+            logits = self.module.network(batch.images)
+        torch.nn.functional.cross_entropy(logits.float(), batch.labels).backward()
         self.optimizer.step()
 
     def seconds(self, steps: int) -> float:
@@ -124,15 +127,17 @@ def main() -> None:
                     times[attention].append(seconds)
         for attention, loop in loops.items():
             middle, low, high = statistics.median(times[attention]), min(times[attention]), max(times[attention])
-            row = {"image_size": size, "patch_size": arguments.patch_size, "tokens": loop.tokens}
-            row |= {"attention": attention, "images": loop.images}
+            row = {"image_size": size, "patch_size": arguments.patch_size, "precision": arguments.precision}
+            row |= {"tokens": loop.tokens, "attention": attention, "images": loop.images}
             row |= {"epoch_seconds": round(middle, 2), "low": round(low, 2), "high": round(high, 2)}
             rows.append({**row, "peak_mib": round(memory(attention, size)), "threads": torch.get_num_threads()})
             print(rows[-1], flush=True)
         loops.clear()
         give_back()
     path = arguments.output / "accuracy_cost.csv"
-    others = [r for r in (read_rows(path) if path.exists() else []) if r["patch_size"] != arguments.patch_size]
+    measured = (arguments.patch_size, arguments.precision)
+    before = read_rows(path) if path.exists() else []
+    others = [r for r in before if (r["patch_size"], str(r["precision"])) != measured]
     print("written:", write_rows(path, COLUMNS, [*others, *rows]))
 
 

@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Callable, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ GROWING = {
     "idrid": "Fundus photographs, referable retinopathy",
     "chest": "Chest X-rays of 28 px, enlarged",
 }
+BITS = {"32": "float32", "bf16": "bfloat16"}
 # what this line and all below it hold is written by hand and stays
 NOTE = "## What falls short, and what was tried"
 RESAMPLES = 1000
@@ -95,20 +97,23 @@ def growing(rows: list[Row], study: str, predictions: Predictions) -> str:
 
 def cost_table(cost: list[Row]) -> str:
     """Seconds and memory of an epoch, and how many times as long softmax takes."""
-    softmax = {(r["image_size"], r["patch_size"]): r for r in cost if r["attention"] == "softmax"}
+    alike = itemgetter("image_size", "patch_size", "precision")
+    softmax = {alike(r): r for r in cost if r["attention"] == "softmax"}
     lines = [
         [
             f"{r['image_size']} px",
             f"{r['patch_size']} px",
             r["tokens"],
+            BITS[str(r["precision"])],
             r["attention"],
             f"{r['epoch_seconds']:.1f} s",
-            f"{softmax[r['image_size'], r['patch_size']]['epoch_seconds'] / r['epoch_seconds']:.1f}",
+            f"{softmax[alike(r)]['epoch_seconds'] / r['epoch_seconds']:.1f}",
             f"{r['peak_mib']:.0f} MiB",
         ]
         for r in cost
     ]
-    return table(["size", "patch", "tokens", "attention", "an epoch", "softmax takes, times", "peak memory"], lines)
+    names = ["size", "patch", "tokens", "precision", "attention", "an epoch", "softmax takes, times", "peak memory"]
+    return table(names, lines)
 
 
 def write_page(folder: Path, rows: list[Row], predictions: Predictions, environment: dict[str, Any]) -> str:
@@ -150,6 +155,10 @@ def draw(path: Path, rows: list[Row], cost: list[Row]) -> bool:
         return False
     arms = list(dict.fromkeys(r["attention"] for r in rows))
     colours = mechanism_colours(arms)
+
+    def drawn(r: Row) -> tuple[Any, ...]:
+        return r["attention"], r["patch_size"], str(r["precision"])
+
     with look():
         title = "The same training, four attentions, pictures of growing size"
         note = "AUC: median of the seeds, shaded from the lowest to the highest; costs: median of steps in turn"
@@ -160,7 +169,7 @@ def draw(path: Path, rows: list[Row], cost: list[Row]) -> bool:
                 if panel in GROWING:
                     _auc_line(axes, [r for r in rows if (r["study"], r["attention"]) == (panel, attention)], colours)
                 else:
-                    own = [r for r in cost if (r["attention"], r["patch_size"]) == (attention, 16)]
+                    own = [r for r in cost if drawn(r) == (attention, 16, "32")]
                     axes.plot([r["image_size"] for r in own], [r[panel] for r in own], "o-", color=colours[attention])
             _frame(axes, panel, sorted({r["image_size"] for r in [*rows, *cost] if r["image_size"] > 28}))
         handles = [every[0].plot([], [], "o-", color=colours[a], label=a)[0] for a in arms]
