@@ -27,6 +27,7 @@ GROWING = {
 BITS = {"32": "float32", "bf16": "bfloat16"}
 # what this line and all below it hold is written by hand and stays
 NOTE = "## What falls short, and what was tried"
+COMMAND = "OMP_NUM_THREADS=1 python -m benchmarks.accuracy --medmnist FOLDER --idrid FOLDER"
 RESAMPLES = 1000
 HOW = (
     "Medians over the seeds. The difference is that of the mean AUC over the seeds from softmax's, in points "
@@ -136,7 +137,7 @@ def write_page(folder: Path, rows: list[Row], predictions: Predictions, environm
     ]
     sections += [
         ("Each seed", table(["set", "px", "attention", "seed", "test AUC", "test accuracy"], every)),
-        ("Do it again", do_it_again("benchmarks.accuracy", environment)),
+        ("Do it again", do_it_again("benchmarks.accuracy", environment, COMMAND)),
         (NOTE.removeprefix("## "), note),
     ]
     write_summary(path, "Four attentions, trained alike", sections)

@@ -16,7 +16,10 @@ def command_line(module: str) -> str:
     return prefix + shlex.join(["python", "-m", module, *sys.argv[1:]])
 
 
-def do_it_again(module: str, environment: Mapping[str, Any]) -> str:
-    """The section of a page that says how its figures come about again, and where they came about."""
+def do_it_again(module: str, environment: Mapping[str, Any], command: str | None = None) -> str:
+    """The section of a page that says how its figures come about again, and where; the command is that of this process.
+
+    `command`: another one, where this process wrote a page of what others measured.
+    """
     lines = bullets([f"{name}: {value}" for name, value in environment.items()])
-    return f"```sh\n{command_line(module)}\n```\n\n{lines}"
+    return f"```sh\n{command or command_line(module)}\n```\n\n{lines}"
