@@ -346,6 +346,29 @@ def test_a_named_network_teaches_with_a_checkpoint(softmax, tmp_path):
         torch.testing.assert_close(teacher.logits(images), network(seen), rtol=1e-5, atol=1e-5)
 
 
+def test_a_run_is_not_taken_up_with_another_teacher(softmax, tmp_path, monkeypatch):
+    own = shutil.copytree(softmax, tmp_path / "teacher")
+    original = Recorder.on_train_batch_end
+
+    def stopping(self, trainer, *args):
+        if trainer.global_step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, trainer, *args)
+
+    with monkeypatch.context() as patched, pytest.raises(Stopped):
+        patched.setattr(Recorder, "on_train_batch_end", stopping)
+        train_only(tiny(**SOFTMAX, distill__teacher=str(own)), tmp_path / "run")
+    there = weights(own)
+    save_file({**there, "head.bias": there["head.bias"] + 1e-3}, own / "model.safetensors")
+    before = (tmp_path / "run" / "last.ckpt").read_bytes()
+    with pytest.raises(InputError, match=r"the weights of the teacher .* are not those that the run has learned from"):
+        train_only(None, tmp_path / "run", resume=True)
+    assert (tmp_path / "run" / "last.ckpt").read_bytes() == before
+    shutil.copy(softmax / "model.safetensors", own / "model.safetensors")
+    train_only(None, tmp_path / "run", resume=True)
+    assert len(rows_of(tmp_path / "run")) == 2
+
+
 def divergence(network, teacher, loader):
     """Mean KL divergence from the teacher over a split."""
     with torch.no_grad():

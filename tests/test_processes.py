@@ -24,6 +24,7 @@ from sansmax.engine.batch_norm import synchronise
 from sansmax.engine.callbacks import Recorder
 from sansmax.engine.config import ParallelConfig
 from sansmax.engine.processes import Place, Processes, check_shared_out, place_of, processes_to_start
+from sansmax.engine.stopping import Stopped
 from sansmax.errors import InputError
 from sansmax.report.tables import read_rows
 
@@ -285,6 +286,33 @@ def test_parameters_and_tokens_are_shared_out_and_nothing_changes(name, one, tmp
     world, keys = OTHERS[name]
     in_processes(world, _train, tmp_path, {name: {**CASES["mixed"], **keys}})
     same(one / "mixed", tmp_path / name)
+
+
+def _interrupted(rank, folder, keys):
+    torch.set_num_threads(1)
+    config = tiny(**keys)
+    train_only(config, Path(folder, "whole"))
+    original = Recorder.on_train_batch_end
+
+    def stopping(self, trainer, *args):
+        if rank == 0 and trainer.global_step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, trainer, *args)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Recorder, "on_train_batch_end", stopping)
+        with pytest.raises(Stopped, match=r"before epoch 2, batch 2 of 3"):
+            train_only(config, Path(folder, "stopped"))
+    train_only(None, Path(folder, "stopped"), resume=True)
+
+
+def test_with_parameters_shared_out_a_stopped_run_ends_as_one_that_never_was(tmp_path):
+    # states of the optimiser that are shared out, too
+    keys = {**IMAGES, **CASES["mixed"], **OTHERS["fsdp"][1], "optim__opt": "adamw", "optim__lr": 1e-3}
+    in_processes(2, _interrupted, tmp_path, keys)
+    assert rows_of(tmp_path / "stopped") == rows_of(tmp_path / "whole")
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("stopped", "whole")]
+    assert weights[0] == weights[1]
 
 
 BAGS = {

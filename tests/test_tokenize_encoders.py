@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from sansmax.engine.encoders import EncoderSpec, load_encoder, weights_sha256
+from sansmax.engine.build import weights_sha256
+from sansmax.engine.encoders import EncoderSpec, load_encoder
 from sansmax.errors import InputError
 from sansmax.models import share
 

@@ -1,9 +1,11 @@
 """A network for a configuration: any model of timm's registry, with errors that say what to change."""
 
+import hashlib
 import inspect
 from typing import Any
 
 import timm
+import torch
 from torch import nn
 
 from sansmax.data.loading import Preprocess
@@ -112,3 +114,12 @@ def num_parameters(network: nn.Module) -> int:
 def takes_mask(network: nn.Module) -> bool:
     """Whether the network has a weight per token, so that scores of tokens are a gradient."""
     return "mask" in inspect.signature(network.forward).parameters and hasattr(network, "read_out")
+
+
+def weights_sha256(network: nn.Module) -> str:
+    """One digest of the names, shapes and bytes of all weights and buffers."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(network.state_dict().items()):
+        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}\n".encode())
+        digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

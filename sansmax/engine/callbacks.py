@@ -89,8 +89,10 @@ class Recorder(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Notes what the exact numbers depend on, before a checkpoint is read and compared with it."""
         shared = self.config.parallel.sequence_parallel
-        precision = str(trainer.precision)
-        self.conditions = conditions(trainer.world_size, shared, precision, trainer.strategy.root_device)
+        precision, teacher = str(trainer.precision), getattr(pl_module, "teacher", None)
+        self.conditions = conditions(
+            trainer.world_size, shared, precision, trainer.strategy.root_device, teacher and teacher.sha256
+        )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Starts the clock, and takes the signals back from Lightning, which gives up a validation at SIGTERM."""

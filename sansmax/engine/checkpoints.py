@@ -198,15 +198,18 @@ KEPT = {
 }
 
 
-def conditions(processes: int, sequence_parallel: int, precision: str, device: torch.device) -> dict[str, Any]:
+def conditions(
+    processes: int, sequence_parallel: int, precision: str, device: torch.device, teacher: str | None = None
+) -> dict[str, Any]:
     """What the exact numbers of a run depend on beside its configuration and its data, as plain values.
 
-    `precision` is that of the trainer, and `device` the one that computes.
+    `precision` is that of the trainer, `device` the one that computes, `teacher` the digest of a teacher's weights.
     """
     return {
         "processes": processes,
         "sequence_parallel": sequence_parallel,
         "precision": precision,
+        "teacher": teacher,
         "device": device.type,
         # wider registers add in another order
         "instructions": torch.backends.cpu.get_cpu_capability(),
@@ -219,7 +222,7 @@ def check_conditions(before: dict[str, Any] | None, now: dict[str, Any], say: Ca
 
     What changes the last digits alone is told by `say`.
 
-    Raises InputError for another number of processes and for another precision.
+    Raises InputError for another number of processes, another precision and another teacher.
     """
     if before is None:
         say("warning: the checkpoint is of an earlier version of sansmax; the last digits may differ from here on")
@@ -231,6 +234,11 @@ def check_conditions(before: dict[str, Any] | None, now: dict[str, Any], say: Ca
                 f"others. Go on with {before[name]} as before, or start a new run in another --output from the weights "
                 "of this one: --set model.initial_checkpoint=RUN/model.safetensors"
             )
+    if "teacher" in before and before["teacher"] != now["teacher"]:
+        raise InputError(
+            "the weights of the teacher (distill.teacher) are not those that the run has learned from until now; put "
+            "them back, or start a new run in another --output"
+        )
     changed = [f"{n} {before.get(n)} -> {now.get(n)}" for n in {**before, **now} if before.get(n) != now.get(n)]
     if changed:
         say(f"warning: the last digits may differ from here on, since this changed: {', '.join(changed)}")

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from sansmax.data.images import luminance
 from sansmax.data.preprocess import Preprocess
-from sansmax.engine.build import create_model
+from sansmax.engine.build import create_model, weights_sha256
 from sansmax.engine.config import DataConfig, DistillConfig, ModelConfig
 from sansmax.engine.losses import Losses, in_full
 from sansmax.engine.run import Run, is_run
@@ -48,6 +48,11 @@ class Teacher:
         self.network = network.eval().requires_grad_(False)
         self.student, self.own, self.config = student, own, config
         self.order = None if order is None or list(order) == sorted(order) else list(order)
+
+    @property
+    def sha256(self) -> str:
+        """Of the weights: a run that is taken up needs the same teacher."""
+        return weights_sha256(self.network)
 
     @torch.no_grad()
     def logits(self, images: Float[Tensor, "b _ _ _"]) -> Float[Tensor, "b c"]:

@@ -5,7 +5,6 @@ encoder's. On a processor every tile goes through the network by itself: no sum 
 neighbours, so the features are the same, bit for bit, for every size of batch. It costs no time there.
 """
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 
+from sansmax.engine.build import weights_sha256
 from sansmax.errors import InputError, unknown_name
 
 LOCAL, HUB = "local-dir:", "hf-hub:"
@@ -141,15 +141,6 @@ def resolve_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InputError(f"--device {name}: there are {torch.cuda.device_count()} here, counted from 0")
     return device
-
-
-def weights_sha256(network: nn.Module) -> str:
-    """One digest of the names, shapes and bytes of all weights and buffers."""
-    digest = hashlib.sha256()
-    for name, weight in sorted(network.state_dict().items()):
-        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}\n".encode())
-        digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _check_name(spec: EncoderSpec) -> None:
