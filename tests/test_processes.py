@@ -23,7 +23,8 @@ from sansmax.engine.bag_train import fit_bags
 from sansmax.engine.batch_norm import synchronise
 from sansmax.engine.callbacks import Recorder
 from sansmax.engine.config import ParallelConfig
-from sansmax.engine.processes import Place, Processes, check_shared_out, place_of, processes_to_start
+from sansmax.engine.place import Place, check_shared_out, place_of, processes_to_start
+from sansmax.engine.processes import Processes
 from sansmax.engine.stopping import Stopped
 from sansmax.errors import InputError
 from sansmax.report.tables import read_rows

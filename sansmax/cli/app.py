@@ -49,7 +49,8 @@ def say(text: str, quiet: bool) -> None:
 
 def main() -> None:
     """Runs the command line; the entry point of `sansmax`."""
-    from sansmax.engine.processes import place_of, speaks
+    from sansmax.engine.place import place_of
+    from sansmax.engine.processes import speaks
     from sansmax.engine.stopping import Stopped
 
     place = place_of()

@@ -22,7 +22,8 @@ from sansmax.engine.bag_train import fit_bags, predict_run
 from sansmax.engine.callbacks import METRICS
 from sansmax.engine.cross_validate import MARK, CrossValidation, cross_validate, without_empty
 from sansmax.engine.launch import spread
-from sansmax.engine.processes import Processes, check_alone
+from sansmax.engine.place import check_alone
+from sansmax.engine.processes import Processes
 from sansmax.engine.progress import Reporter
 from sansmax.engine.run import is_run, read_json
 from sansmax.engine.trackers import check_trackers

@@ -17,7 +17,8 @@ from sansmax.engine.bag_run import BagRun, start_slide_network, write_start
 from sansmax.engine.build import num_parameters
 from sansmax.engine.config import differences
 from sansmax.engine.locking import sole_writer
-from sansmax.engine.processes import Processes, check_alone, check_shared_out, joined, processes_to_start
+from sansmax.engine.place import check_alone, check_shared_out, processes_to_start
+from sansmax.engine.processes import Processes, joined
 from sansmax.engine.progress import Reporter
 from sansmax.engine.run import START, check_folder, explained_disk, is_run, prepare_folder, write_json
 from sansmax.engine.starting import at_hand, write_report

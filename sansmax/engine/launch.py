@@ -32,7 +32,8 @@ def spread(kind: str, config: Any, output: Path, reporter: Reporter, work: Calla
     None where they had to be started here, and have ended; `kind` and `how` are those of `launch`. Only the first
     process speaks.
     """
-    from sansmax.engine.processes import joined, processes_to_start
+    from sansmax.engine.place import processes_to_start
+    from sansmax.engine.processes import joined
     from sansmax.engine.run import check_folder
 
     if count := processes_to_start(config.parallel):
@@ -131,7 +132,8 @@ def _free_port() -> int:
 
 def main(task: Path) -> int:
     """What each of the processes does; the exit status."""
-    from sansmax.engine.processes import place_of, speaks
+    from sansmax.engine.place import place_of
+    from sansmax.engine.processes import speaks
 
     what = json.loads(task.read_text(encoding="utf-8"))
     place = place_of()

@@ -18,7 +18,8 @@ from sansmax.engine.config import DataConfig, TrainConfig, differences
 from sansmax.engine.distill import Teacher, load_teacher
 from sansmax.engine.launch import spread
 from sansmax.engine.locking import sole_writer
-from sansmax.engine.processes import Processes, check_shared_out
+from sansmax.engine.place import check_shared_out
+from sansmax.engine.processes import Processes
 from sansmax.engine.progress import Reporter
 from sansmax.engine.run import Run, check_folder, explained_disk, prepare_folder, write_json, write_start
 from sansmax.engine.starting import at_hand, start_model, write_report
