@@ -57,7 +57,7 @@ STUDIES = {
     "breastmnist": Study("breastmnist.yaml", "breastmnist", (28,)),
     "retinamnist": Study("retinamnist.yaml", "retinamnist", (28,)),
     "idrid": Study("idrid_referable.yaml", "idrid", (64, 128, 256, 512, 768)),
-    "chest": Study("chest_xray_sizes.yaml", "pneumoniamnist", (64, 128, 256, 512, 768), every=4),
+    "chest": Study("chest_xray_sizes.yaml", "pneumoniamnist", (64, 128, 256, 512, 768), every=8),
 }
 
 
