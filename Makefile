@@ -2,7 +2,7 @@
 #
 #   make demo    the main job on digit mosaics, into runs/demo
 #   make test    the test suite, ten minutes
-#   make test-slow  what compiles, starts clusters or fills memory: five minutes more
+#   make test-slow  what compiles, starts clusters, fills memory or runs examples: seven minutes more
 #   make check   formatting, lint, types
 #   make bench   the benchmarks, into benchmarks/results
 #   make docs    the documentation, into site

@@ -11,7 +11,13 @@ import torch
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 # a process that has loaded the libraries and computed nothing is copied for each rank
-_CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "sansmax.models", "sansmax.engine.schedule"])
+_CONTEXT.set_forkserver_preload(
+    [
+        *("torch", "torch.distributed.device_mesh", "torch.distributed.fsdp", "lightning.pytorch", "timm.optim"),
+        *("sansmax.models", "sansmax.engine.schedule", "sansmax.engine.train", "sansmax.engine.bag_train"),
+        *("sansmax.engine.callbacks", "sansmax.engine.trainer"),
+    ]
+)
 
 
 def in_processes(world, function, *arguments, seconds=120):

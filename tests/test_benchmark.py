@@ -53,6 +53,7 @@ def by_name(rows):
 # The measurement
 
 
+@pytest.mark.slow
 def test_every_contestant_of_every_case_is_a_row(tmp_path, monkeypatch):
     asked, samples = Workers.request, []
 

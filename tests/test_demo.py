@@ -89,6 +89,7 @@ def test_the_page_says_what_the_file_of_figures_says(done, short):
     assert {r["tokens"] for r in record["scaling"]} == {64, 256}
 
 
+@pytest.mark.slow
 def test_only_what_is_missing_is_done_again(done, short, tmp_path, monkeypatch):
     copy = tmp_path / "run"
     shutil.copytree(done, copy)
@@ -118,6 +119,7 @@ def test_another_run_in_the_folder_is_kept(done, short):
     assert (done / "summary.md").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_cost_is_measured_in_a_process_of_its_own(monkeypatch):
     monkeypatch.setattr(scaling, "_in_child", IN_CHILD)
     rows = scaling.measure_scaling(demo.MODEL, (32, 64), mechanisms=("seqnorm",), options={"depth": 1}, threads=1)

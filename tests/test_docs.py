@@ -64,6 +64,7 @@ def started(tmp_path_factory):
         run.communicate()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", RUN, ids=lambda p: p.stem)
 def test_examples_run_as_they_are(path, started):
     out, err = started[path].communicate()

@@ -53,9 +53,10 @@ def holder(tmp_path):
     process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True)
     child = int(process.stdout.readline())
     yield process, child
+    # which has the pipe open, too
+    os.kill(child, signal.SIGKILL)
     process.kill()
     process.communicate()
-    os.kill(child, signal.SIGKILL)
 
 
 def test_a_folder_is_held_by_one_and_free_when_that_one_was_killed(holder, tmp_path):

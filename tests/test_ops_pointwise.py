@@ -366,6 +366,7 @@ def test_memory_is_linear_in_the_number_of_tokens(child):
     assert max(features) < 4096 * 3876 * 4 / 2, features
 
 
+@pytest.mark.slow
 def test_compiles_whole_and_exports_for_any_batch_and_length(child):
     wrong = child[1]
     assert not wrong, "\n".join(f"{name}: {why}" for name, why in wrong.items())
