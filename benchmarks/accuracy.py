@@ -20,12 +20,10 @@ import numpy as np
 
 from benchmarks.accuracy_page import write_page
 from benchmarks.trained import trained
-from sansmax.data.medmnist import medmnist_file
 from sansmax.engine.config import TrainConfig, load_config
 from sansmax.engine.progress import Reporter
 from sansmax.engine.run import Run, read_json
 from sansmax.errors import InputError
-from sansmax.files import replacing
 from sansmax.report.tables import as_csv, read_rows, write_rows
 
 ARMS = ("softmax", "sima", "seqnorm", "soft")
@@ -40,16 +38,12 @@ RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 
 @dataclass(frozen=True)
 class Study:
-    """A set, its recipe, the sides of the images in pixels, and the epochs where the recipe has others.
-
-    `every`: each so many-th image of training and validation is taken; all test images are.
-    """
+    """A set, its recipe, the sides of the images in pixels, and the epochs where the recipe has others."""
 
     recipe: str
     data: str
     sizes: tuple[int, ...]
     epochs: int | None = None
-    every: int = 1
 
 
 STUDIES = {
@@ -57,7 +51,7 @@ STUDIES = {
     "breastmnist": Study("breastmnist.yaml", "breastmnist", (28,)),
     "retinamnist": Study("retinamnist.yaml", "retinamnist", (28,)),
     "idrid": Study("idrid_referable.yaml", "idrid", (64, 128, 256, 512, 768)),
-    "chest": Study("chest_xray_sizes.yaml", "pneumoniamnist", (64, 128, 256, 512, 768), every=8),
+    "chest": Study("chest_xray_sizes.yaml", "pneumoniamnist", (64, 128, 256, 512, 768)),
 }
 
 
@@ -91,8 +85,6 @@ def config_of(
         table = idrid_table(arguments.idrid, arguments.runs)
         changes |= {"data.source": str(table), "data.root": str(arguments.idrid), "data.path_column": "path"}
         changes |= {"data.label_column": "referable", "data.split_column": "split"}
-    elif study.every > 1:
-        changes["data.source"] = str(thinned(arguments.medmnist, study, arguments.runs))
     elif arguments.medmnist is None:
         changes["data.source"] = f"medmnist:{study.data}"
     else:
@@ -111,16 +103,6 @@ def idrid_table(folder: Path, runs: Path) -> Path:
     table = runs / "idrid.csv"
     table.write_text(as_csv([["path", "referable", "split"], *rows]), encoding="utf-8")
     return table
-
-
-def thinned(folder: Path | None, study: Study, runs: Path) -> Path:
-    """The file of a MedMNIST set with fewer images to train on."""
-    path = runs / f"{study.data}-every-{study.every}.npz"
-    if not path.exists():
-        whole = medmnist_file(study.data, 28, root=folder)
-        with np.load(whole) as arrays, replacing(path) as partial:
-            np.savez(partial, **{k: v if k.startswith("test") else v[:: study.every] for k, v in arrays.items()})
-    return path
 
 
 def row_of(folder: Path, study: str, size: int, attention: str, seed: int) -> dict[str, Any]:
