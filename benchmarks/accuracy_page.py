@@ -202,7 +202,7 @@ def _frame(axes: Any, panel: str, sizes: list[int]) -> None:
         axes.set_title(GROWING[panel])
         axes.set_ylabel("test AUC")
         # from chance on: what differs by less than seeds do should not look large
-        axes.set_ylim(0.5, max(0.8, axes.get_ylim()[1]))
+        axes.set_ylim(0.5, 0.8 if axes.get_ylim()[1] < 0.8 else 1.0)
         return
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
